@@ -1,0 +1,23 @@
+//! `virtioblkd`: a vhost-user block backend for KVM/QEMU guests.
+//!
+//! One process per VM. It maps the memory the VMM shares with it, polls the virtqueues on threads of
+//! its own, and serves virtio-blk requests from a stack of storage layers.
+//!
+//! The rooms, from the outside in; each knows only those below it:
+//!
+//! | room | what lives there |
+//! | --- | --- |
+//! | [`vhost_user`] | the control plane: one connection with a VMM |
+//! | [`dataplane`] | the worker threads that own virtqueues and run requests to completion |
+//! | [`virtio`] | what the guest sees: memory, rings, virtio-blk requests, the configuration space |
+//! | [`block`] | the storage stack: files, null, qcow2; knows nothing of virtio |
+//! | [`reactor`] | io_uring, the local executor, buffers, epochs: what `block` and `dataplane` run on |
+//!
+//! `virtio` and `block` do not know each other; `dataplane` joins them.
+//! `docs/architecture.md` tells the whole story.
+
+pub mod block;
+pub mod dataplane;
+pub mod reactor;
+pub mod vhost_user;
+pub mod virtio;

@@ -1,0 +1,1 @@
+//! vhost-user client and virtio driver side, for tests and benchmarks.
