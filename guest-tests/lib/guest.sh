@@ -10,6 +10,9 @@ fail() {
     exit 1
 }
 
+# busybox runs its own command of this name, which knows less.
+blkdiscard() { /usr/bin/blkdiscard "$@"; }
+
 # disk_sha DEVICE: of the whole disk, past the guest's cache.
 disk_sha() {
     sync
@@ -32,10 +35,9 @@ block() { yes "$1" 2>/dev/null | head -c "$2"; }
 
 # tree DIR COUNT: COUNT files of 0 to 100 kB with contents that follow from their number; sums in DIR.sums.
 tree() {
-    mkdir -p "$1"
+    mkdir -p "$1" "$1/0" "$1/1" "$1/2" "$1/3" "$1/4" "$1/5" "$1/6"
     n=0
     while [ "$n" -lt "$2" ]; do
-        mkdir -p "$1/$((n % 7))"
         block "file $n" $((n * 7919 % 100000)) >"$1/$((n % 7))/$n"
         n=$((n + 1))
     done

@@ -72,6 +72,15 @@ check_image() {
     same "the base image's sha256" "$BASE_SHA" "$(sha256_of "$BASE")"
 }
 
+# same_pattern: IMAGE is its base with the writes of lib/pattern.sh, which the guest did.
+same_pattern() {
+    local wanted=$RUN_DIR/wanted.raw
+    cp --sparse=always "$BASE" "$wanted"
+    bash -c 'source "$1" && pattern "$2"' - "$REPO_ROOT/guest-tests/lib/pattern.sh" "$wanted"
+    qemu-img compare -f raw -F "$IMAGE_FORMAT" "$wanted" "$IMAGE" >&2 || fail "the disk is not what the guest wrote"
+    rm -f "$wanted"
+}
+
 # check_guest_sha VM: the disk as the guest read it last ("SHA …") is the disk as qemu-img reads it.
 check_guest_sha() {
     local seen
@@ -90,14 +99,14 @@ guest_script() {
     local file=$1
     shift
     {
-        cat "$REPO_ROOT/guest-tests/lib/guest.sh"
+        cat "$REPO_ROOT"/guest-tests/lib/{guest,pattern}.sh
         declare -f "$@"
         printf '%s\n' "${@: -1}"
     } >"$file"
 }
 
-# start_guest VM SCRIPT_FUNCTIONS -- VM_STEP...: boots VM with the functions (space-separated, the last is
-# called). VM_STEPs are words for vm_…; CPUS, MEMORY and INITRD may be set before.
+# start_guest VM FUNCTIONS DISK...: boots VM, which runs the last of the functions (their names with spaces
+# between), with these disks (see vm_disk). CPUS, MEMORY, INITRD, FIRMWARE and ALLOW_RESET may be set before.
 start_guest() {
     local name=$1 functions=$2 disk
     shift 2
@@ -105,11 +114,12 @@ start_guest() {
     guest_script "$RUN_DIR/$name.script" $functions
     vm_new "$name" "${MEMORY:-512M}" "${CPUS:-2}"
     for disk in "$@"; do
-        vm_disk "${disk%%,*}" "${disk#*,}"
+        vm_disk "$disk"
     done
     vm_files
     case ${FIRMWARE:-none} in
     none) vm_linux "${INITRD:-$GUEST_INITRD}" ;;
+    seabios) ;; # what QEMU takes by itself
     ovmf) vm_uefi ;;
     esac
     vm_script "$name.script"
@@ -137,13 +147,4 @@ finish_guest() {
 run_guest() {
     start_guest "$@"
     finish_guest "$1"
-}
-
-# allow_reset VM_ARGS: a reset starts the machine again instead of ending QEMU.
-allow_reset() {
-    local argument kept=()
-    for argument in "${VM_ARGS[@]}"; do
-        [[ $argument == -no-reboot ]] || kept+=("$argument")
-    done
-    VM_ARGS=("${kept[@]}")
 }

@@ -11,7 +11,7 @@ backend_is_virtioblkd() { [[ $BACKEND == virtioblkd ]]; }
 # storage_daemon_command SOCKET IMAGE FORMAT [virtioblkd options]: sets BACKEND_COMMAND to the nearest
 # thing that qemu-storage-daemon has. What it has no option for is left out.
 storage_daemon_command() {
-    local socket=$1 image=$2 format=$3 writable=on read_only=off queues=1 block_size=512
+    local socket=$1 image=$2 format=$3 writable=on read_only=off queues=2 block_size=512
     shift 3
     while (($#)); do
         case $1 in

@@ -146,7 +146,7 @@ cargo_version() { "$1" --version 2>/dev/null | awk '{ print $2 }'; }
 find_cargo() {
     local candidate
     for candidate in "${CARGO:-}" cargo "$HOME/.cargo/bin/cargo" /usr/lib/rust-*/bin/cargo; do
-        [[ -n $candidate ]] && command -v "$candidate" >/dev/null || continue
+        command -v "${candidate:-none}" >/dev/null || continue
         if version_at_least "$(cargo_version "$candidate")" "$RUST_NEEDED"; then
             CARGO=$(command -v "$candidate")
             # rustc, rustfmt and clippy of the same toolchain.

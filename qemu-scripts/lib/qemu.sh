@@ -11,15 +11,16 @@ vm_new() {
     VM_NAME=$1
     [[ -n ${ACCEL:-} ]] || choose_accel
     # Shared memory is what vhost-user is about: the backend maps the guest's RAM.
-    VM_ARGS=(-name "$1" -nodefaults -no-user-config -display none -no-reboot
+    VM_ARGS=(-name "$1" -nodefaults -no-user-config -display none
         -machine q35,memory-backend=ram -accel "$ACCEL" -cpu "$CPU_MODEL"
         -m "$2" -smp "$3" -object "memory-backend-memfd,id=ram,size=$2,share=on")
+    # A guest's reset, or its panic, ends QEMU, unless a reset is what one wants to see.
+    [[ ${ALLOW_RESET:-no} == yes ]] || VM_ARGS+=(-no-reboot)
 }
 
-# vm_disk BACKEND_NAME [DEVICE_OPTIONS]: the disk that this backend serves.
+# vm_disk BACKEND_NAME[,DEVICE_OPTION...]: the disk that this backend serves.
 vm_disk() {
-    VM_ARGS+=(-chardev "socket,id=$1,path=$1.sock"
-        -device "vhost-user-blk-pci,chardev=$1${2:+,$2}")
+    VM_ARGS+=(-chardev "socket,id=${1%%,*},path=${1%%,*}.sock" -device "vhost-user-blk-pci,chardev=$1")
 }
 
 # vm_files: serial ports to files, and QMP on a pair of pipes.
@@ -58,7 +59,7 @@ vm_uefi() {
 
 # vm_start: runs it in the background.
 vm_start() {
-    local base=$RUN_DIR/$VM_NAME pid
+    local base=$RUN_DIR/$VM_NAME pid fd
     (cd "$RUN_DIR" && exec qemu-system-x86_64 "${VM_ARGS[@]}") >"$base.qemu" 2>&1 </dev/null &
     pid=$!
     own_pid "$pid"
@@ -68,7 +69,8 @@ vm_start() {
         cat "$base.pipe.out" >"$base.qmp" &
         own_pid $!
         # Held open: what is in a pipe that nobody has open is lost. Both directions: opening does not wait.
-        exec {VM_QMP[$VM_NAME]}<>"$base.pipe.in"
+        exec {fd}<>"$base.pipe.in"
+        VM_QMP[$VM_NAME]=$fd
         vm_command "$VM_NAME" qmp_capabilities
     fi
 }
