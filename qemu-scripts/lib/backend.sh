@@ -29,19 +29,27 @@ storage_daemon_command() {
         --export "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path=$socket,writable=$writable,num-queues=$queues,logical-block-size=$block_size,iothread=io0")
 }
 
+# backend_command SOCKET IMAGE FORMAT [virtioblkd options]: sets BACKEND_COMMAND.
+backend_command() {
+    local socket=$1 image=$2 format=$3
+    shift 3
+    if backend_is_virtioblkd; then
+        [[ -x $VIRTIOBLKD ]] || die "$VIRTIOBLKD is not there: cargo build --release"
+        # The backing files are those beside the image.
+        BACKEND_COMMAND=("$VIRTIOBLKD" --socket-path "$socket" --blk-file "$image" --format "$format"
+            --allow-path "$(dirname "$image")" "$@")
+    else
+        storage_daemon_command "$socket" "$image" "$format" "$@"
+    fi
+}
+
 # start_backend NAME IMAGE FORMAT [virtioblkd options]: serves IMAGE on RUN_DIR/NAME.sock and returns when
 # it can be connected to. Its log is RUN_DIR/NAME.log.
 start_backend() {
-    local name=$1 image=$2 format=$3 log=$RUN_DIR/$1.log deadline=$((SECONDS + 20)) pid
-    shift 3
-    # The names are relative to RUN_DIR: a socket's path may have 107 bytes only.
-    if backend_is_virtioblkd; then
-        [[ -x $VIRTIOBLKD ]] || die "$VIRTIOBLKD is not there: cargo build --release"
-        BACKEND_COMMAND=("$VIRTIOBLKD" --socket-path "$name.sock" --blk-file "$image" --format "$format"
-            --allow-path "$(dirname "$image")" "$@")
-    else
-        storage_daemon_command "$name.sock" "$image" "$format" "$@"
-    fi
+    local name=$1 log=$RUN_DIR/$1.log deadline=$((SECONDS + 20)) pid
+    shift
+    # The socket's name is relative to RUN_DIR: a socket's path may have 107 bytes only.
+    backend_command "$name.sock" "$@"
     rm -f "$RUN_DIR/$name.sock"
     (cd "$RUN_DIR" && exec "${BACKEND_COMMAND[@]}") >>"$log" 2>&1 </dev/null &
     pid=$!

@@ -122,7 +122,9 @@ follow_file() {
         alive "$pid" || finished=yes
         while IFS= read -r line; do
             count=$((count + 1))
-            printf '%s%s\n' "$prefix" "${line%$'\r'}" >&2
+            line=${line%$'\r'}
+            # Of what was written over itself on one line, the last.
+            printf '%s%s\n' "$prefix" "${line##*$'\r'}" >&2
         done < <(tail -n "+$((count + 1))" "$file" 2>/dev/null)
         [[ $finished == no ]] || return 0
         sleep 0.3

@@ -23,7 +23,7 @@ fetch_package() {
 
 # depends_of PACKAGE REGEX: the first package it depends on that matches.
 depends_of() {
-    apt-cache show --no-all-versions "$1" 2>/dev/null | sed -n 's/^Depends: //p' | tr ',|' '\n\n' |
+    apt-cache show --no-all-versions "$1" 2>/dev/null | sed -n 's/^Depends: //p' | sed 's/[,|]/\n/g' |
         sed 's/ *(.*//; s/^ *//; s/ *$//' | grep -E -- "$2" | sed -n 1p
 }
 

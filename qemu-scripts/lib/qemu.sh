@@ -11,16 +11,17 @@ vm_new() {
     VM_NAME=$1
     [[ -n ${ACCEL:-} ]] || choose_accel
     # Shared memory is what vhost-user is about: the backend maps the guest's RAM.
-    VM_ARGS=(-name "$1" -nodefaults -no-user-config -display none
+    VM_ARGS=(-name "$1" -nodefaults -no-user-config -display "${VM_DISPLAY:-none}"
         -machine q35,memory-backend=ram -accel "$ACCEL" -cpu "$CPU_MODEL"
         -m "$2" -smp "$3" -object "memory-backend-memfd,id=ram,size=$2,share=on")
     # A guest's reset, or its panic, ends QEMU, unless a reset is what one wants to see.
     [[ ${ALLOW_RESET:-no} == yes ]] || VM_ARGS+=(-no-reboot)
 }
 
-# vm_disk BACKEND_NAME[,DEVICE_OPTION...]: the disk that this backend serves.
+# vm_disk BACKEND_NAME[,DEVICE_OPTION...]: the disk that this backend serves. QEMU runs in RUN_DIR, or
+# VM_SOCKETS says where the sockets are.
 vm_disk() {
-    VM_ARGS+=(-chardev "socket,id=${1%%,*},path=${1%%,*}.sock" -device "vhost-user-blk-pci,chardev=$1")
+    VM_ARGS+=(-chardev "socket,id=${1%%,*},path=${VM_SOCKETS:-}${1%%,*}.sock" -device "vhost-user-blk-pci,chardev=$1")
 }
 
 # vm_files: serial ports to files, and QMP on a pair of pipes.
@@ -51,7 +52,7 @@ vm_uefi() {
         [[ -e $code ]] || continue
         cp "${code/_CODE/_VARS}" "$RUN_DIR/$VM_NAME.vars"
         VM_ARGS+=(-drive "if=pflash,unit=0,format=raw,readonly=on,file=$code"
-            -drive "if=pflash,unit=1,format=raw,file=$VM_NAME.vars")
+            -drive "if=pflash,unit=1,format=raw,file=$RUN_DIR/$VM_NAME.vars")
         return 0
     done
     die "no UEFI firmware: apt-get install ovmf"
