@@ -25,6 +25,8 @@ use super::op::{Op, OpTable};
 
 /// `user_data` of the read that waits for the doorbell.
 const DOORBELL: u64 = u64::MAX;
+/// `user_data` of a cancellation; its own result says nothing that the cancelled operation's does not.
+const CANCEL: u64 = u64::MAX - 1;
 /// The kernel takes this many iovecs an operation (IOV_MAX); the rest is a short transfer.
 const IOV_MAX: usize = 1024;
 /// Largest transfer the kernel makes in one operation (MAX_RW_COUNT), kept to whole 4 KiB blocks.
@@ -207,15 +209,15 @@ impl Io {
     pub fn turn(&self) -> bool {
         let inner = &*self.inner;
         inner.participant.quiesce();
-        if inner.remote.pending.load(Ordering::Relaxed)
-            && inner.remote.pending.swap(false, Ordering::SeqCst)
-        {
+        let woken = inner.remote.pending.load(Ordering::Relaxed)
+            && inner.remote.pending.swap(false, Ordering::SeqCst);
+        if woken {
             inner.exec.accept_wakes();
         }
         let entered = inner.submit();
         let reaped = inner.reap();
         let ran = inner.exec.run_ready();
-        entered | (reaped + ran > 0)
+        woken | entered | (reaped + ran > 0)
     }
 
     /// Sleeps in the kernel until an operation ends, a wake or the doorbell comes, or `timeout` is over.
@@ -266,18 +268,16 @@ impl Io {
         }
     }
 
-    /// Waits for one operation without running tasks: an operation was dropped before its end.
+    /// Ends one operation without running tasks: it was dropped before its end. A poll or a timeout is
+    /// cancelled; a transfer that the device already has is waited for.
     #[cold]
     pub(super) fn wait_for(&self, index: u32) {
+        let cancel = opcode::AsyncCancel::new(index.into()).build();
+        self.inner.push(&cancel.user_data(CANCEL));
         while !self.ops().is_done(index) {
             self.inner.enter(1, None);
             self.inner.reap();
         }
-    }
-
-    #[cfg(test)]
-    pub(super) fn inner_pending(&self) -> bool {
-        self.inner.remote.pending.load(Ordering::SeqCst)
     }
 
     #[inline]
@@ -374,9 +374,14 @@ impl Io {
         let _ = self.op(index, None).await;
     }
 
-    /// Waits for an eventfd's counter to be more than zero, and takes it.
-    pub(crate) fn read_eventfd<'a>(&'a self, file: &IoFile, to: Sg<'a>) -> Op<'a> {
-        self.transfer(file, u64::MAX, to, false)
+    /// Ends when the file has something to read (POLLIN) or was hung up. Unlike a read, it also waits on
+    /// a non-blocking eventfd, as VMMs make them.
+    pub(crate) fn readable(&self, file: &IoFile) -> Op<'_> {
+        self.start(
+            self.inner.name(file),
+            |fd| entry!(fd, fd => opcode::PollAdd::new(fd, libc::POLLIN as u32).build()),
+            None,
+        )
     }
 
     /// Lets other tasks run before going on.
@@ -545,10 +550,14 @@ impl Inner {
         let mut rung = false;
         for cqe in ring.uring.completion() {
             count += 1;
-            if cqe.user_data() == DOORBELL {
-                rung = true;
-            } else if let Some(task) = ops.complete(cqe.user_data() as u32, cqe.result()) {
-                self.exec.enqueue(task);
+            match cqe.user_data() {
+                DOORBELL => rung = true,
+                CANCEL => {}
+                index => {
+                    if let Some(task) = ops.complete(index as u32, cqe.result()) {
+                        self.exec.enqueue(task);
+                    }
+                }
             }
         }
         if rung {
@@ -573,10 +582,12 @@ impl Drop for Inner {
             let mut ops = self.ops.borrow_mut();
             let mut rung = false;
             for cqe in ring.uring.completion() {
-                if cqe.user_data() == DOORBELL {
-                    rung = true;
-                } else {
-                    ops.complete(cqe.user_data() as u32, cqe.result());
+                match cqe.user_data() {
+                    DOORBELL => rung = true,
+                    CANCEL => {}
+                    index => {
+                        ops.complete(index as u32, cqe.result());
+                    }
                 }
             }
             ring.doorbell_armed &= !rung;
