@@ -17,6 +17,7 @@
 //! `docs/architecture.md` tells the whole story.
 
 pub mod block;
+pub mod daemon;
 pub mod dataplane;
 pub mod reactor;
 pub mod vhost_user;
