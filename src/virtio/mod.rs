@@ -13,3 +13,6 @@ pub mod ring;
 
 #[cfg(test)]
 pub(crate) mod testing;
+
+#[cfg(test)]
+mod hostile;

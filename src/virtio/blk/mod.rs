@@ -21,7 +21,8 @@ pub struct DeviceLimits {
     pub block_size: u32,
     /// The longest range of a discard, in bytes. 0 when the disk cannot discard.
     pub max_discard_bytes: u64,
-    /// The most ranges in one discard.
+    /// The most ranges in one discard. Each is copied and checked before the first is executed, so a
+    /// few hundred at most.
     pub max_discard_segments: u32,
     /// Discards are best aligned to this, in bytes. A hint.
     pub discard_alignment: u32,

@@ -118,6 +118,35 @@ fn a_region_starts_at_its_offset_in_the_file() {
 }
 
 #[test]
+fn a_region_of_huge_pages_may_begin_and_end_inside_one() {
+    use std::os::fd::{FromRawFd, OwnedFd};
+    // SAFETY: the name is a C string.
+    let fd = unsafe { libc::memfd_create(c"huge".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_HUGETLB) };
+    if fd < 0 {
+        println!(
+            "no hugetlbfs in this kernel: {}",
+            io::Error::last_os_error()
+        );
+        return;
+    }
+    // SAFETY: the descriptor is new and ours.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    let huge = huge_page_size(&file).unwrap().unwrap();
+    assert!(huge > PAGE && huge.is_power_of_two());
+    file.set_len(3 * huge).unwrap();
+    // Without MAP_NORESERVE this would need huge pages; nothing is touched here.
+    let region = Region::map(file, huge + PAGE, 0x1000, 0x1000, huge).unwrap();
+    assert_eq!(region.mapping().size() as u64, 2 * huge);
+    assert_eq!(
+        region.as_ptr() as u64 - region.mapping().as_ptr() as u64,
+        PAGE
+    );
+    let mem = GuestMemory::new(vec![region]).unwrap();
+    assert!(mem.host_ptr(0x1000, huge).is_some());
+    assert!(mem.host_ptr(0x1000, huge + 1).is_none());
+}
+
+#[test]
 fn a_truncated_memfd_is_refused_by_its_size() {
     let error = Region::map(memfd(PAGE), 0, 0, 0, PAGE + 1).unwrap_err();
     assert!(matches!(

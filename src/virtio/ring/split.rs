@@ -314,6 +314,11 @@ impl SplitRing {
         self.published
     }
 
+    /// Where the ring lies and how it was negotiated, as given at the start.
+    pub fn config(&self) -> &RingConfig {
+        &self.cfg
+    }
+
     /// The queue size.
     pub fn size(&self) -> u16 {
         self.cfg.size
