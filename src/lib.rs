@@ -20,6 +20,7 @@
 pub mod block;
 pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod dataplane;
 pub mod reactor;
 pub mod vhost_user;

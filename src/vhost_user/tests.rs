@@ -374,6 +374,26 @@ fn running_ring_takes_repetitions_and_refuses_changes() {
 }
 
 #[test]
+fn repeated_messages_change_nothing() {
+    let mut bench = Bench::negotiated();
+    bench.share_memory();
+    bench.start_ring(0, 0);
+    bench.negotiate(FEATURES | BIT_30);
+    bench.share_memory();
+    bench.start_ring(0, 0);
+    let ring = [Asked::Kick(0, true), Asked::Call(0, true)];
+    let calls = bench.device.calls();
+    assert_eq!(calls, [&[Asked::Memory(1)], &ring[..]].concat());
+    assert_eq!(bench.stop_ring(0), bench.stop_ring(0));
+    for _ in 0..2 {
+        bench.set(Req::RESET_DEVICE, &[], &[]);
+        bench.set(Req::SET_OWNER, &[], &[]);
+        bench.set(Req::RESET_OWNER, &[], &[]);
+    }
+    bench.start_ring(0, 0);
+}
+
+#[test]
 fn running_ring_takes_new_descriptors() {
     let mut bench = Bench::negotiated();
     bench.share_memory();
