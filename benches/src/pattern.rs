@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn first_writes_hit_each_stretch_once_and_end() {
-        let mut pattern = Pattern::new(Load::Firstwrite, 4096, 64 << 20, 64 << 10, 1).unwrap();
+        let mut pattern = Pattern::new(Load::Firstwrite, 4096, 100 << 20, 64 << 10, 1).unwrap();
         let offsets: Vec<_> = std::iter::from_fn(|| pattern.offset()).collect();
         let distinct: HashSet<_> = offsets.iter().collect();
         assert_eq!((offsets.len(), distinct.len()), (1024, 1024));
