@@ -475,3 +475,31 @@ fn the_warning_about_a_qcow2_image_served_as_raw_says_what_to_write() {
 fn the_options_are_sound() {
     CommandLine::command().debug_assert();
 }
+
+#[test]
+fn every_option_is_documented() {
+    let text = include_str!("../../docs/configuration.md");
+    for option in CommandLine::command()
+        .get_arguments()
+        .filter_map(|arg| arg.get_long())
+    {
+        if !["help", "version"].contains(&option) {
+            assert!(
+                text.contains(&format!("`--{option}`")) || text.contains(&format!("`--{option} ")),
+                "{option}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_file_of_the_documentation_is_one() {
+    let text = include_str!("../../docs/configuration.md");
+    let example = text
+        .split("```toml\n")
+        .nth(1)
+        .and_then(|rest| rest.split("```").next())
+        .unwrap();
+    let settings = file::from_text(Path::new("vm1.toml"), example).unwrap();
+    assert_eq!(settings.disks.len(), 2);
+}
