@@ -1,0 +1,388 @@
+//! A block device over vhost-user, from the connection to synchronous reads and writes: what a VMM and a guest
+//! do together.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::blk::{CONFIG_LEN, Config, Segment, status};
+use crate::blk_queue::{BlkQueue, Completion, Op, SlotOptions};
+use crate::client::{Client, DEFAULT_TIMEOUT};
+use crate::error::{Error, Result};
+use crate::memory::{Memory, RegionSpec};
+use crate::protocol::{feature, protocol_feature};
+use crate::ring::{Notify, SplitQueue};
+
+/// How a device is negotiated and laid out.
+#[derive(Debug, Clone)]
+pub struct DeviceOptions {
+    /// Virtio features to acknowledge where they are offered.
+    pub features: u64,
+    /// Protocol features to acknowledge where they are offered.
+    pub protocol_features: u64,
+    /// Queues to start.
+    pub queues: u16,
+    /// Descriptors a queue.
+    pub queue_size: u16,
+    /// Guest memory.
+    pub memory: Vec<RegionSpec>,
+    /// Hand the memory over region by region (ADD_MEM_REG) instead of with SET_MEM_TABLE.
+    pub memory_slots: bool,
+    /// Request slots of each queue.
+    pub slots: SlotOptions,
+    /// How completions are waited for.
+    pub notify: Notify,
+    /// Give the backend no kick descriptor: it is to poll.
+    pub kick_fd: bool,
+    /// Deadline of each answer and each request.
+    pub timeout: Duration,
+}
+
+impl Default for DeviceOptions {
+    fn default() -> Self {
+        Self {
+            features: feature::LINUX,
+            protocol_features: protocol_feature::USUAL,
+            queues: 1,
+            queue_size: 128,
+            // Below and above the hole under 4 GiB, as a PC has it.
+            memory: vec![
+                RegionSpec::new(0, 16 << 20),
+                RegionSpec::new(1 << 32, 16 << 20).at_offset(64 << 10),
+            ],
+            memory_slots: false,
+            slots: SlotOptions::default(),
+            notify: Notify::Call,
+            kick_fd: true,
+            timeout: DEFAULT_TIMEOUT,
+        }
+    }
+}
+
+/// A device: a connection, guest memory, and its queues.
+#[derive(Debug)]
+pub struct Device {
+    path: PathBuf,
+    options: DeviceOptions,
+    client: Option<Client>,
+    /// Guest memory.
+    pub memory: Memory,
+    queues: Vec<BlkQueue>,
+    offered: u64,
+    features: u64,
+    protocol_features: u64,
+    config: Config,
+}
+
+impl Device {
+    /// Connects, negotiates, shares the memory, and starts all queues.
+    ///
+    /// # Errors
+    /// Those of the messages.
+    pub fn start(path: &Path, options: DeviceOptions) -> Result<Self> {
+        let mut device = Self::negotiate(path, options)?;
+        device.start_queues()?;
+        Ok(device)
+    }
+
+    /// Connects, negotiates and shares the memory; queues are made but not started.
+    ///
+    /// # Errors
+    /// Those of the messages.
+    pub fn negotiate(path: &Path, options: DeviceOptions) -> Result<Self> {
+        let memory = Memory::new(&options.memory)?;
+        let mut device = Self {
+            path: path.to_owned(),
+            client: None,
+            memory,
+            queues: Vec::new(),
+            offered: 0,
+            features: 0,
+            protocol_features: 0,
+            config: Config::default(),
+            options,
+        };
+        device.handshake()?;
+        device.make_queues()?;
+        Ok(device)
+    }
+
+    /// What QEMU does at a new connection, in its order.
+    fn handshake(&mut self) -> Result<()> {
+        let mut client = Client::connect_within(&self.path, self.options.timeout)?;
+        client.set_timeout(self.options.timeout)?;
+        self.offered = client.get_features()?;
+        self.protocol_features = 0;
+        if self.offered & feature::PROTOCOL_FEATURES != 0 {
+            self.protocol_features =
+                client.get_protocol_features()? & self.options.protocol_features;
+            client.set_protocol_features(self.protocol_features)?;
+        }
+        if self.protocol_features & protocol_feature::MQ != 0 {
+            let offered = client.get_queue_num()?;
+            if offered < u64::from(self.options.queues) {
+                return Err(Error::Protocol(format!(
+                    "{} queues were asked for, {offered} are offered",
+                    self.options.queues
+                )));
+            }
+        }
+        client.set_owner()?;
+        self.features = self.offered & (self.options.features | feature::PROTOCOL_FEATURES);
+        client.set_features(self.features)?;
+        if self.protocol_features & protocol_feature::CONFIG != 0 {
+            self.config = Config::parse(&client.get_config(0, CONFIG_LEN)?);
+        }
+        if self.options.memory_slots {
+            for region in self.memory.regions() {
+                client.add_mem_reg(region)?;
+            }
+        } else {
+            client.set_mem_table(&self.memory)?;
+        }
+        self.client = Some(client);
+        Ok(())
+    }
+
+    fn make_queues(&mut self) -> Result<()> {
+        for _ in 0..self.options.queues {
+            let mut ring = SplitQueue::new(&self.memory, self.options.queue_size)?;
+            ring.set_event_idx(self.features & feature::EVENT_IDX != 0);
+            ring.set_notify(self.options.notify);
+            let mut slots = self.options.slots;
+            slots.indirect &= self.features & feature::INDIRECT_DESC != 0;
+            self.queues.push(BlkQueue::new(&self.memory, ring, slots));
+        }
+        Ok(())
+    }
+
+    /// Starts every queue where its ring stands.
+    ///
+    /// # Errors
+    /// Those of the messages.
+    pub fn start_queues(&mut self) -> Result<()> {
+        for index in 0..self.queues.len() {
+            let base = self.queues[index].ring.next_avail();
+            self.start_queue(index, base)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the backend one ring, to go on at `base`, and enables it.
+    ///
+    /// # Errors
+    /// Those of the messages.
+    pub fn start_queue(&mut self, index: usize, base: u16) -> Result<()> {
+        let ring = &self.queues[index].ring;
+        let client = self.client.as_ref().ok_or(Error::Closed)?;
+        let i = index as u32;
+        client.set_vring_num(i, u32::from(ring.size()))?;
+        client.set_vring_base(i, u32::from(base))?;
+        client.set_vring_addr(i, &ring.vring_addr(0))?;
+        client.set_vring_err(i, Some(ring.err_fd().raw()))?;
+        let kick = self.options.kick_fd.then(|| ring.kick_fd().raw());
+        client.set_vring_kick(i, kick)?;
+        client.set_vring_call(i, Some(ring.call_fd().raw()))?;
+        if self.features & feature::PROTOCOL_FEATURES != 0 {
+            client.set_vring_enable(i, true)?;
+        }
+        // A ring starts with its first kick; this side may find requests in it from an earlier session.
+        if self.options.kick_fd {
+            self.queues[index].ring.kick();
+        }
+        Ok(())
+    }
+
+    /// Stops one ring; returns where it would go on.
+    ///
+    /// # Errors
+    /// Those of the messages.
+    pub fn stop_queue(&mut self, index: usize) -> Result<u16> {
+        let base = self.client()?.get_vring_base(index as u32)?;
+        Ok(base as u16)
+    }
+
+    /// Stops all rings and disconnects, as a VM that is shut down.
+    ///
+    /// # Errors
+    /// Those of the messages.
+    pub fn shut_down(&mut self) -> Result<()> {
+        for index in 0..self.queues.len() {
+            self.stop_queue(index)?;
+        }
+        self.disconnect();
+        Ok(())
+    }
+
+    /// Closes the connection, whatever is in flight.
+    pub fn disconnect(&mut self) {
+        self.client = None;
+    }
+
+    /// Connects and negotiates again with the same memory. Rings are cleared and started from zero: requests
+    /// in flight are forgotten.
+    ///
+    /// # Errors
+    /// Those of the messages.
+    pub fn reconnect(&mut self) -> Result<()> {
+        self.disconnect();
+        self.handshake()?;
+        for queue in &mut self.queues {
+            queue.reset();
+        }
+        self.start_queues()
+    }
+
+    /// Connects and negotiates again, and starts the rings at their used index, so that what was not completed
+    /// is taken up again. That is right only where nothing was completed out of order.
+    ///
+    /// # Errors
+    /// Those of the messages.
+    pub fn resume(&mut self) -> Result<()> {
+        self.disconnect();
+        self.handshake()?;
+        for index in 0..self.queues.len() {
+            let base = self.queues[index].ring.used_idx();
+            self.start_queue(index, base)?;
+        }
+        Ok(())
+    }
+
+    /// The connection.
+    ///
+    /// # Errors
+    /// `Closed` after [`Device::disconnect`].
+    pub fn client(&self) -> Result<&Client> {
+        self.client.as_ref().ok_or(Error::Closed)
+    }
+
+    /// One queue.
+    ///
+    /// # Panics
+    /// When there is none of that index.
+    pub fn queue(&mut self, index: usize) -> &mut BlkQueue {
+        &mut self.queues[index]
+    }
+
+    /// All queues, to hand them to threads.
+    pub fn queues_mut(&mut self) -> &mut [BlkQueue] {
+        &mut self.queues
+    }
+
+    /// Memory and one queue at once.
+    ///
+    /// # Panics
+    /// When there is none of that index.
+    pub fn split(&mut self, index: usize) -> (&Memory, &mut BlkQueue) {
+        (&self.memory, &mut self.queues[index])
+    }
+
+    /// The options the device was made with.
+    pub fn options(&self) -> &DeviceOptions {
+        &self.options
+    }
+
+    /// All features the backend offers.
+    pub fn offered(&self) -> u64 {
+        self.offered
+    }
+
+    /// The features in force.
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// The protocol features in force.
+    pub fn protocol_features(&self) -> u64 {
+        self.protocol_features
+    }
+
+    /// The configuration space as it was at the connection.
+    pub fn config(&self) -> Config {
+        self.config
+    }
+
+    /// The configuration space as it is now.
+    ///
+    /// # Errors
+    /// Those of GET_CONFIG.
+    pub fn read_config(&self) -> Result<Config> {
+        Ok(Config::parse(&self.client()?.get_config(0, CONFIG_LEN)?))
+    }
+
+    /// Bytes of the disk.
+    pub fn capacity(&self) -> u64 {
+        self.config.capacity * crate::blk::SECTOR
+    }
+
+    /// One request on queue `index`, from submission to completion, and the data it read.
+    ///
+    /// # Errors
+    /// Those of [`BlkQueue::run`]; a status other than OK is not an error here.
+    pub fn run_on(&mut self, index: usize, op: Op<'_>) -> Result<(Completion, Vec<u8>)> {
+        let timeout = self.options.timeout;
+        self.queues[index].run(op, timeout)
+    }
+
+    /// [`Device::run_on`] queue 0.
+    ///
+    /// # Errors
+    /// Those of [`BlkQueue::run`].
+    pub fn run(&mut self, op: Op<'_>) -> Result<(Completion, Vec<u8>)> {
+        self.run_on(0, op)
+    }
+
+    fn run_ok(&mut self, op: Op<'_>) -> Result<Vec<u8>> {
+        match self.run(op)? {
+            (c, data) if c.status == status::OK => Ok(data),
+            (c, _) => Err(Error::Status(c.status)),
+        }
+    }
+
+    /// Reads `len` bytes at a sector.
+    ///
+    /// # Errors
+    /// `Status` when the request failed, and those of [`Device::run`].
+    pub fn read(&mut self, sector: u64, len: u32) -> Result<Vec<u8>> {
+        self.run_ok(Op::Read { sector, len })
+    }
+
+    /// Writes at a sector.
+    ///
+    /// # Errors
+    /// As [`Device::read`].
+    pub fn write(&mut self, sector: u64, data: &[u8]) -> Result<()> {
+        self.run_ok(Op::Write { sector, data }).map(drop)
+    }
+
+    /// Flushes.
+    ///
+    /// # Errors
+    /// As [`Device::read`].
+    pub fn flush(&mut self) -> Result<()> {
+        self.run_ok(Op::Flush).map(drop)
+    }
+
+    /// The ID string, all 20 bytes.
+    ///
+    /// # Errors
+    /// As [`Device::read`].
+    pub fn get_id(&mut self) -> Result<Vec<u8>> {
+        self.run_ok(Op::GetId)
+    }
+
+    /// Discards ranges.
+    ///
+    /// # Errors
+    /// As [`Device::read`].
+    pub fn discard(&mut self, segments: &[Segment]) -> Result<()> {
+        self.run_ok(Op::Discard(segments)).map(drop)
+    }
+
+    /// Writes zeroes to ranges.
+    ///
+    /// # Errors
+    /// As [`Device::read`].
+    pub fn write_zeroes(&mut self, segments: &[Segment]) -> Result<()> {
+        self.run_ok(Op::WriteZeroes(segments)).map(drop)
+    }
+}

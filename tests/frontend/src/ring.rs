@@ -1,0 +1,797 @@
+//! The driver side of a split virtqueue (virtio specification, "Split Virtqueues").
+//!
+//! The usual calls (`add`, `publish`, `kick`, `pop_used`) keep the driver's rules and allocate nothing. The
+//! raw ones write any bytes anywhere in the ring, for tests of a hostile guest.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::time::{Duration, Instant};
+
+use crate::client::VringAddr;
+use crate::error::{Error, Result};
+use crate::memory::{Memory, Region};
+use crate::sys::EventFd;
+
+/// Descriptor flag: the chain goes on at `next`.
+pub const DESC_F_NEXT: u16 = 1;
+/// Descriptor flag: the device writes.
+pub const DESC_F_WRITE: u16 = 2;
+/// Descriptor flag: the buffer is a table of descriptors.
+pub const DESC_F_INDIRECT: u16 = 4;
+/// Available ring flag: no interrupts please.
+pub const AVAIL_F_NO_INTERRUPT: u16 = 1;
+/// Used ring flag: no kicks please.
+pub const USED_F_NO_NOTIFY: u16 = 1;
+
+/// A descriptor, as it lies in memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Desc {
+    /// Guest physical address.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u32,
+    /// Flags.
+    pub flags: u16,
+    /// Index of the next descriptor, when the flags say there is one.
+    pub next: u16,
+}
+
+impl Desc {
+    /// The sixteen bytes of the descriptor.
+    pub fn to_bytes(self) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&self.addr.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.len.to_le_bytes());
+        bytes[12..14].copy_from_slice(&self.flags.to_le_bytes());
+        bytes[14..].copy_from_slice(&self.next.to_le_bytes());
+        bytes
+    }
+}
+
+/// One buffer of a chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Buf {
+    /// Guest physical address.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u32,
+    /// Whether the device writes it.
+    pub write: bool,
+}
+
+impl Buf {
+    /// A buffer that the device reads.
+    pub fn readable(addr: u64, len: u32) -> Self {
+        Self {
+            addr,
+            len,
+            write: false,
+        }
+    }
+
+    /// A buffer that the device writes.
+    pub fn writable(addr: u64, len: u32) -> Self {
+        Self {
+            addr,
+            len,
+            write: true,
+        }
+    }
+}
+
+/// The bytes of an indirect table for `bufs`.
+pub fn indirect_table(bufs: &[Buf]) -> Vec<u8> {
+    let mut table = Vec::with_capacity(16 * bufs.len());
+    for (i, buf) in bufs.iter().enumerate() {
+        let last = i + 1 == bufs.len();
+        table.extend_from_slice(&chain_desc(buf, (!last).then_some(i as u16 + 1)).to_bytes());
+    }
+    table
+}
+
+fn chain_desc(buf: &Buf, next: Option<u16>) -> Desc {
+    Desc {
+        addr: buf.addr,
+        len: buf.len,
+        flags: if next.is_some() { DESC_F_NEXT } else { 0 }
+            | if buf.write { DESC_F_WRITE } else { 0 },
+        next: next.unwrap_or(0),
+    }
+}
+
+/// Where the three parts of a ring lie, by guest physical address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RingLayout {
+    /// Descriptor table; 16 bytes a descriptor.
+    pub desc: u64,
+    /// Available ring; 6 bytes and 2 a descriptor.
+    pub avail: u64,
+    /// Used ring; 6 bytes and 8 a descriptor.
+    pub used: u64,
+}
+
+/// An entry of the used ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Used {
+    /// Head of the chain, as the device wrote it.
+    pub id: u32,
+    /// Bytes the device says it wrote.
+    pub len: u32,
+    /// The value given with the chain (zero for chains that went in by the raw calls).
+    pub token: u64,
+}
+
+/// How completions are waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Notify {
+    /// Spin on the used index; the device is told not to interrupt.
+    Poll,
+    /// Sleep on the call descriptor; a used buffer without a notification is an error.
+    Call,
+}
+
+/// Marks a descriptor that belongs to no chain of ours.
+const NO_CHAIN: u16 = 0;
+
+/// The driver side of one split virtqueue.
+#[derive(Debug)]
+pub struct SplitQueue {
+    size: u16,
+    layout: RingLayout,
+    // Keep the memory mapped that the pointers below point into.
+    desc_region: Arc<Region>,
+    avail_region: Arc<Region>,
+    used_region: Arc<Region>,
+    desc: *mut Desc,
+    avail: *mut u16,
+    used: *mut u16,
+    event_idx: bool,
+    notify: Notify,
+    free_head: u16,
+    free_count: u16,
+    /// The driver's own links: a hostile or broken device must not be able to lead it astray.
+    next: Box<[u16]>,
+    /// Descriptors of the chain that starts here, `NO_CHAIN` for none.
+    chain_len: Box<[u16]>,
+    tokens: Box<[u64]>,
+    avail_idx: u16,
+    published: u16,
+    last_used: u16,
+    kick: Arc<EventFd>,
+    call: Arc<EventFd>,
+    err: Arc<EventFd>,
+    kicks: u64,
+}
+
+// SAFETY: the pointers point into mappings that the regions keep alive; the queue is used by one thread.
+unsafe impl Send for SplitQueue {}
+
+impl SplitQueue {
+    /// A ring of `size` descriptors anywhere in `memory`.
+    ///
+    /// # Errors
+    /// Those of eventfd(2).
+    pub fn new(memory: &Memory, size: u16) -> Result<Self> {
+        let layout = RingLayout {
+            desc: memory.alloc(16 * u64::from(size), 16),
+            avail: memory.alloc(6 + 2 * u64::from(size), 2),
+            used: memory.alloc(6 + 8 * u64::from(size), 4),
+        };
+        Self::at(memory, size, layout)
+    }
+
+    /// A ring whose three parts lie where `layout` says; they are cleared.
+    ///
+    /// # Errors
+    /// Those of eventfd(2).
+    ///
+    /// # Panics
+    /// When `layout` is not in `memory`, or not aligned as the specification demands.
+    pub fn at(memory: &Memory, size: u16, layout: RingLayout) -> Result<Self> {
+        assert!(layout.desc % 16 == 0 && layout.avail % 2 == 0 && layout.used % 4 == 0);
+        let n = u64::from(size);
+        let (desc_len, avail_len, used_len) = (16 * n, 6 + 2 * n, 6 + 8 * n);
+        let desc_region = memory.region_of(layout.desc, desc_len).clone();
+        let avail_region = memory.region_of(layout.avail, avail_len).clone();
+        let used_region = memory.region_of(layout.used, used_len).clone();
+        let mut queue = Self {
+            size,
+            layout,
+            desc: desc_region.host(layout.desc, desc_len).cast(),
+            avail: avail_region.host(layout.avail, avail_len).cast(),
+            used: used_region.host(layout.used, used_len).cast(),
+            desc_region,
+            avail_region,
+            used_region,
+            event_idx: false,
+            notify: Notify::Call,
+            free_head: 0,
+            free_count: size,
+            next: vec![0; usize::from(size)].into(),
+            chain_len: vec![NO_CHAIN; usize::from(size)].into(),
+            tokens: vec![0; usize::from(size)].into(),
+            avail_idx: 0,
+            published: 0,
+            last_used: 0,
+            kick: Arc::new(EventFd::new()?),
+            call: Arc::new(EventFd::new()?),
+            err: Arc::new(EventFd::new()?),
+            kicks: 0,
+        };
+        queue.reset();
+        Ok(queue)
+    }
+
+    /// Forgets everything and clears the ring, as a driver does at its start.
+    pub fn reset(&mut self) {
+        let n = usize::from(self.size);
+        // SAFETY: the three parts were checked to have these lengths when the pointers were made.
+        unsafe {
+            std::ptr::write_bytes(self.desc.cast::<u8>(), 0, 16 * n);
+            std::ptr::write_bytes(self.avail.cast::<u8>(), 0, 6 + 2 * n);
+            std::ptr::write_bytes(self.used.cast::<u8>(), 0, 6 + 8 * n);
+        }
+        for i in 0..self.size {
+            self.next[usize::from(i)] = (i + 1) % self.size.max(1);
+            self.chain_len[usize::from(i)] = NO_CHAIN;
+            self.tokens[usize::from(i)] = 0;
+        }
+        self.free_head = 0;
+        self.free_count = self.size;
+        self.avail_idx = 0;
+        self.published = 0;
+        self.last_used = 0;
+        self.call.take();
+        self.set_notify(self.notify);
+    }
+
+    /// Starts the ring's free-running indices at `index` instead of zero, for tests of wrap-around. Only on a
+    /// ring that is empty; the backend must be given the same base.
+    ///
+    /// # Panics
+    /// When chains are in flight.
+    pub fn start_at(&mut self, index: u16) {
+        assert_eq!(self.free_count, self.size, "chains are in flight");
+        self.avail_idx = index;
+        self.published = index;
+        self.last_used = index;
+        self.set_avail_idx(index);
+        self.set_used_idx(index);
+        self.set_notify(self.notify);
+    }
+
+    /// Whether EVENT_IDX was negotiated.
+    pub fn set_event_idx(&mut self, on: bool) {
+        self.event_idx = on;
+        self.set_notify(self.notify);
+    }
+
+    /// How completions are waited for, and what the device is told about it.
+    pub fn set_notify(&mut self, notify: Notify) {
+        self.notify = notify;
+        match (notify, self.event_idx) {
+            (Notify::Poll, false) => self.set_avail_flags(AVAIL_F_NO_INTERRUPT),
+            (Notify::Poll, true) => {
+                self.set_avail_flags(0);
+                // As far behind as can be: not reached for 65535 completions; `pop_used` moves it on.
+                self.set_used_event(self.last_used.wrapping_sub(1));
+            }
+            (Notify::Call, event_idx) => {
+                self.set_avail_flags(0);
+                if event_idx {
+                    self.set_used_event(self.last_used);
+                }
+            }
+        }
+    }
+
+    /// Number of descriptors.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// Where the ring lies.
+    pub fn layout(&self) -> RingLayout {
+        self.layout
+    }
+
+    /// Free descriptors.
+    pub fn free_count(&self) -> u16 {
+        self.free_count
+    }
+
+    /// The addresses for SET_VRING_ADDR.
+    pub fn vring_addr(&self, flags: u32) -> VringAddr {
+        VringAddr {
+            flags,
+            desc: self.desc_region.user_addr(self.layout.desc),
+            used: self.used_region.user_addr(self.layout.used),
+            avail: self.avail_region.user_addr(self.layout.avail),
+            log: self.layout.used,
+        }
+    }
+
+    /// The kick descriptor.
+    pub fn kick_fd(&self) -> &Arc<EventFd> {
+        &self.kick
+    }
+
+    /// The call descriptor.
+    pub fn call_fd(&self) -> &Arc<EventFd> {
+        &self.call
+    }
+
+    /// The error descriptor.
+    pub fn err_fd(&self) -> &Arc<EventFd> {
+        &self.err
+    }
+
+    /// Puts a new call descriptor in place; the backend has to be told.
+    ///
+    /// # Errors
+    /// Those of eventfd(2).
+    pub fn renew_call(&mut self) -> Result<()> {
+        self.call = Arc::new(EventFd::new()?);
+        Ok(())
+    }
+
+    /// How many kicks were sent.
+    pub fn kicks(&self) -> u64 {
+        self.kicks
+    }
+
+    // The driver's rules.
+
+    /// Puts a chain in the ring, not yet visible to the device; `None` when descriptors are short.
+    pub fn add(&mut self, bufs: &[Buf], token: u64) -> Option<u16> {
+        if bufs.is_empty() || bufs.len() > usize::from(self.free_count) {
+            return None;
+        }
+        let head = self.free_head;
+        let mut at = head;
+        for (i, buf) in bufs.iter().enumerate() {
+            let next = self.next[usize::from(at)];
+            let last = i + 1 == bufs.len();
+            self.set_desc(at, chain_desc(buf, (!last).then_some(next)));
+            if last {
+                self.free_head = next;
+            } else {
+                at = next;
+            }
+        }
+        self.finish_add(head, bufs.len() as u16, token);
+        Some(head)
+    }
+
+    /// Puts a chain in the ring as one indirect descriptor; the table is written at `table`, which must have
+    /// room for 16 bytes a buffer.
+    pub fn add_indirect(
+        &mut self,
+        memory: &Memory,
+        table: u64,
+        bufs: &[Buf],
+        token: u64,
+    ) -> Option<u16> {
+        if bufs.is_empty() || self.free_count == 0 {
+            return None;
+        }
+        for (i, buf) in bufs.iter().enumerate() {
+            let last = i + 1 == bufs.len();
+            let desc = chain_desc(buf, (!last).then_some(i as u16 + 1));
+            memory.write(table + 16 * i as u64, &desc.to_bytes());
+        }
+        self.add_one(table, 16 * bufs.len() as u32, DESC_F_INDIRECT, token)
+    }
+
+    /// Puts a chain of one descriptor with any flags in the ring.
+    pub fn add_one(&mut self, addr: u64, len: u32, flags: u16, token: u64) -> Option<u16> {
+        if self.free_count == 0 {
+            return None;
+        }
+        let head = self.free_head;
+        self.free_head = self.next[usize::from(head)];
+        self.set_desc(
+            head,
+            Desc {
+                addr,
+                len,
+                flags,
+                next: 0,
+            },
+        );
+        self.finish_add(head, 1, token);
+        Some(head)
+    }
+
+    fn finish_add(&mut self, head: u16, len: u16, token: u64) {
+        self.free_count -= len;
+        self.chain_len[usize::from(head)] = len;
+        self.tokens[usize::from(head)] = token;
+        self.set_avail_entry(self.avail_idx, head);
+        self.avail_idx = self.avail_idx.wrapping_add(1);
+    }
+
+    /// Makes all chains added so far visible to the device, and kicks it if it asks for that.
+    pub fn publish(&mut self) {
+        let old = self.published;
+        if old == self.avail_idx {
+            return;
+        }
+        self.set_avail_idx(self.avail_idx);
+        self.published = self.avail_idx;
+        // The device publishes its event index, looks at avail.idx once more, and sleeps; we publish
+        // avail.idx and look at its event index. Neither look may pass the other's store.
+        fence(Ordering::SeqCst);
+        let wanted = if self.event_idx {
+            need_event(self.avail_event(), self.avail_idx, old)
+        } else {
+            self.used_flags() & USED_F_NO_NOTIFY == 0
+        };
+        if wanted {
+            self.kick();
+        }
+    }
+
+    /// Kicks the device, wanted or not.
+    pub fn kick(&mut self) {
+        self.kicks += 1;
+        // A full eventfd counter is a kick that is pending already.
+        let _ = self.kick.signal();
+    }
+
+    /// Takes the next used entry, if there is one.
+    ///
+    /// # Errors
+    /// `Protocol` when the device used a chain that it does not own.
+    pub fn pop_used(&mut self) -> Result<Option<Used>> {
+        if self.used_idx() == self.last_used {
+            return Ok(None);
+        }
+        let (id, len) = self.used_entry(self.last_used);
+        self.last_used = self.last_used.wrapping_add(1);
+        if self.event_idx {
+            let event = match self.notify {
+                Notify::Poll => self.last_used.wrapping_sub(1),
+                Notify::Call => self.last_used,
+            };
+            self.set_used_event(event);
+        }
+        let head = usize::try_from(id).unwrap_or(usize::MAX);
+        let owned = self.chain_len.get(head).copied().unwrap_or(NO_CHAIN);
+        if owned == NO_CHAIN {
+            return Err(Error::Protocol(format!(
+                "used entry {} names chain {id}, which the device does not own",
+                self.last_used.wrapping_sub(1)
+            )));
+        }
+        self.release(head as u16, owned);
+        Ok(Some(Used {
+            id,
+            len,
+            token: self.tokens[head],
+        }))
+    }
+
+    fn release(&mut self, head: u16, len: u16) {
+        let mut tail = head;
+        for _ in 1..len {
+            tail = self.next[usize::from(tail)];
+        }
+        self.next[usize::from(tail)] = self.free_head;
+        self.free_head = head;
+        self.free_count += len;
+        self.chain_len[usize::from(head)] = NO_CHAIN;
+    }
+
+    /// Waits for the next used entry in the way that [`SplitQueue::set_notify`] chose.
+    ///
+    /// # Errors
+    /// `TimedOut`; `LostNotification` when the device used a buffer and did not signal it within the time;
+    /// `Protocol` for a chain it does not own.
+    pub fn wait_used(&mut self, timeout: Duration) -> Result<Used> {
+        if let Some(used) = self.pop_used()? {
+            return Ok(used);
+        }
+        let deadline = Instant::now() + timeout;
+        match self.notify {
+            Notify::Poll => self.spin(deadline),
+            Notify::Call => self.sleep(deadline),
+        }
+    }
+
+    fn spin(&mut self, deadline: Instant) -> Result<Used> {
+        loop {
+            for _ in 0..256 {
+                if let Some(used) = self.pop_used()? {
+                    return Ok(used);
+                }
+                std::hint::spin_loop();
+            }
+            if Instant::now() >= deadline {
+                return Err(Error::TimedOut("a used buffer"));
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    fn sleep(&mut self, deadline: Instant) -> Result<Used> {
+        loop {
+            // The event index was set by `pop_used`, before the index was last read: see the rule at
+            // "Used Buffer Notification Suppression".
+            fence(Ordering::SeqCst);
+            if let Some(used) = self.pop_used()? {
+                return Ok(used);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !self.call.wait(left)? {
+                return match self.pop_used()? {
+                    Some(_) => Err(Error::LostNotification),
+                    None => Err(Error::TimedOut("a used buffer")),
+                };
+            }
+        }
+    }
+
+    // Raw access.
+
+    /// Writes a descriptor.
+    pub fn set_desc(&mut self, index: u16, desc: Desc) {
+        assert!(index < self.size);
+        let desc = Desc {
+            addr: desc.addr.to_le(),
+            len: desc.len.to_le(),
+            flags: desc.flags.to_le(),
+            next: desc.next.to_le(),
+        };
+        // SAFETY: the index is in the table, which was checked when the pointer was made.
+        unsafe { self.desc.add(usize::from(index)).write_volatile(desc) };
+    }
+
+    fn avail_word(&self, at: usize) -> &AtomicU16 {
+        // SAFETY: callers pass offsets of the available ring, which is aligned and mapped; both sides reach
+        // it through atomics or whole-word stores.
+        unsafe { AtomicU16::from_ptr(self.avail.add(at)) }
+    }
+
+    fn used_word(&self, at: usize) -> &AtomicU16 {
+        // SAFETY: as for the available ring.
+        unsafe { AtomicU16::from_ptr(self.used.add(at)) }
+    }
+
+    /// Sets `avail.flags`.
+    pub fn set_avail_flags(&mut self, flags: u16) {
+        self.avail_word(0).store(flags.to_le(), Ordering::Relaxed);
+    }
+
+    /// Sets `avail.idx`, whatever it means.
+    pub fn set_avail_idx(&mut self, index: u16) {
+        self.avail_word(1).store(index.to_le(), Ordering::Release);
+    }
+
+    /// Reads `avail.idx`.
+    pub fn avail_idx(&self) -> u16 {
+        u16::from_le(self.avail_word(1).load(Ordering::Relaxed))
+    }
+
+    /// Sets the entry of the available ring that the free-running `position` falls on.
+    pub fn set_avail_entry(&mut self, position: u16, head: u16) {
+        let at = usize::from(position % self.size);
+        self.avail_word(2 + at)
+            .store(head.to_le(), Ordering::Relaxed);
+    }
+
+    /// Puts a head in the available ring by raw means: the next entry, not yet visible. Chains of the raw
+    /// calls are taken off the used ring with [`SplitQueue::pop_used_raw`].
+    pub fn push_raw(&mut self, head: u16) {
+        self.set_avail_entry(self.avail_idx, head);
+        self.avail_idx = self.avail_idx.wrapping_add(1);
+    }
+
+    /// Sets `used_event`, which asks for a notification once the device passes it.
+    pub fn set_used_event(&mut self, event: u16) {
+        let at = 2 + usize::from(self.size);
+        self.avail_word(at).store(event.to_le(), Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+    }
+
+    /// Reads `used.flags`.
+    pub fn used_flags(&self) -> u16 {
+        u16::from_le(self.used_word(0).load(Ordering::Relaxed))
+    }
+
+    /// Reads `used.idx`.
+    pub fn used_idx(&self) -> u16 {
+        u16::from_le(self.used_word(1).load(Ordering::Acquire))
+    }
+
+    /// Overwrites `used.idx`, which a driver never does but at its start.
+    pub fn set_used_idx(&mut self, index: u16) {
+        self.used_word(1).store(index.to_le(), Ordering::Release);
+    }
+
+    /// The used entry that the free-running `position` falls on: id and length.
+    pub fn used_entry(&self, position: u16) -> (u32, u32) {
+        let at = usize::from(position % self.size);
+        // SAFETY: the entry is in the used ring, which is 4-byte aligned from its fourth byte on.
+        unsafe {
+            let entry = self.used.add(2 + 4 * at).cast::<u32>();
+            (
+                u32::from_le(entry.read_volatile()),
+                u32::from_le(entry.add(1).read_volatile()),
+            )
+        }
+    }
+
+    /// Reads `avail_event`, up to where the device wants no kick.
+    pub fn avail_event(&self) -> u16 {
+        let at = 2 + 4 * usize::from(self.size);
+        u16::from_le(self.used_word(at).load(Ordering::Relaxed))
+    }
+
+    /// Takes the next used entry without asking whether it was ours.
+    pub fn pop_used_raw(&mut self) -> Option<(u32, u32)> {
+        if self.used_idx() == self.last_used {
+            return None;
+        }
+        let entry = self.used_entry(self.last_used);
+        self.last_used = self.last_used.wrapping_add(1);
+        if self.event_idx {
+            self.set_used_event(self.last_used);
+        }
+        Some(entry)
+    }
+
+    /// Waits until `used.idx` differs from what was last taken, the error descriptor is signalled, or the time
+    /// is up; says which.
+    ///
+    /// # Errors
+    /// Those of poll(2).
+    pub fn wait_outcome(&mut self, timeout: Duration) -> Result<Outcome> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some((id, len)) = self.pop_used_raw() {
+                return Ok(Outcome::Used { id, len });
+            }
+            if self.err.wait(Duration::from_millis(1))? {
+                return Ok(Outcome::Broken);
+            }
+            if Instant::now() >= deadline {
+                return Ok(Outcome::Silence);
+            }
+        }
+    }
+
+    /// The position up to which used entries were taken.
+    pub fn last_used(&self) -> u16 {
+        self.last_used
+    }
+
+    /// The position of the next chain to be added.
+    pub fn next_avail(&self) -> u16 {
+        self.avail_idx
+    }
+
+    /// Chains that the device owns.
+    pub fn in_flight(&self) -> usize {
+        self.chain_len.iter().filter(|n| **n != NO_CHAIN).count()
+    }
+}
+
+/// What became of a chain that may be too broken to complete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// A used entry.
+    Used {
+        /// Head of the chain.
+        id: u32,
+        /// Bytes written, by the device's word.
+        len: u32,
+    },
+    /// The queue's error descriptor was signalled.
+    Broken,
+    /// Neither, in the time given.
+    Silence,
+}
+
+/// `vring_need_event` of the specification: did the index move past `event` between `old` and `new`?
+fn need_event(event: u16, new: u16, old: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::RegionSpec;
+
+    fn queue(size: u16) -> (Memory, SplitQueue) {
+        let memory = Memory::new(&[RegionSpec::new(0x10_0000, 1 << 20)]).unwrap();
+        let queue = SplitQueue::new(&memory, size).unwrap();
+        (memory, queue)
+    }
+
+    fn device_uses(q: &mut SplitQueue, id: u32, len: u32) {
+        let idx = q.used_idx();
+        let at = usize::from(idx % q.size);
+        // SAFETY: in the used ring.
+        unsafe {
+            let entry = q.used.add(2 + 4 * at).cast::<u32>();
+            entry.write_volatile(id);
+            entry.add(1).write_volatile(len);
+        }
+        q.set_used_idx(idx.wrapping_add(1));
+    }
+
+    #[test]
+    fn chains_go_round_the_ring_many_times() {
+        let (_memory, mut q) = queue(8);
+        q.start_at(65_530);
+        for round in 0..100u64 {
+            let a = q
+                .add(&[Buf::readable(1, 1), Buf::writable(2, 2)], round)
+                .unwrap();
+            let b = q.add(&[Buf::readable(1, 1); 6], round + 1000).unwrap();
+            assert!(q.add(&[Buf::readable(1, 1)], 0).is_none());
+            q.publish();
+            device_uses(&mut q, u32::from(b), 0);
+            device_uses(&mut q, u32::from(a), 3);
+            assert_eq!(q.pop_used().unwrap().unwrap().token, round + 1000);
+            assert_eq!(q.pop_used().unwrap().unwrap().token, round);
+            assert!(q.pop_used().unwrap().is_none());
+            assert_eq!(q.free_count(), 8);
+        }
+    }
+
+    #[test]
+    fn a_chain_used_twice_is_reported() {
+        let (_memory, mut q) = queue(4);
+        let head = q.add(&[Buf::writable(0, 1)], 7).unwrap();
+        q.publish();
+        device_uses(&mut q, u32::from(head), 1);
+        device_uses(&mut q, u32::from(head), 1);
+        assert!(q.pop_used().unwrap().is_some());
+        assert!(matches!(q.pop_used(), Err(Error::Protocol(_))));
+        device_uses(&mut q, 77, 1);
+        assert!(matches!(q.pop_used(), Err(Error::Protocol(_))));
+    }
+
+    #[test]
+    fn kicks_follow_the_event_index() {
+        let (_memory, mut q) = queue(8);
+        q.set_event_idx(true);
+        q.add(&[Buf::writable(0, 1)], 0).unwrap();
+        q.publish();
+        assert_eq!(q.kicks(), 1, "avail_event 0: the first chain is announced");
+        q.add(&[Buf::writable(0, 1)], 0).unwrap();
+        q.publish();
+        assert_eq!(q.kicks(), 1, "avail_event is behind: no kick");
+    }
+
+    /// One wait on a ring whose device uses the chain a little later and does not signal it.
+    fn wait_for_a_silent_device() -> Result<Used> {
+        let (_memory, mut q) = queue(8);
+        let head = q.add(&[Buf::writable(0, 1)], 0).unwrap();
+        q.publish();
+        std::thread::scope(|s| {
+            let used = q.used as usize;
+            s.spawn(move || {
+                std::thread::sleep(Duration::from_millis(20));
+                // SAFETY: the ring outlives the scope.
+                unsafe {
+                    let base = used as *mut u16;
+                    base.add(2).cast::<u32>().write_volatile(u32::from(head));
+                    AtomicU16::from_ptr(base.add(1)).store(1, Ordering::Release);
+                }
+            });
+            q.wait_used(Duration::from_millis(200))
+        })
+    }
+
+    #[test]
+    fn an_absent_notification_is_found_out() {
+        // On a loaded machine the device may come before the wait, or after its end: then once more.
+        let seen =
+            (0..100).any(|_| matches!(wait_for_a_silent_device(), Err(Error::LostNotification)));
+        assert!(seen);
+    }
+}
