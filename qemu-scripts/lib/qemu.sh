@@ -43,7 +43,10 @@ vm_linux() {
 linux_parameters() { printf 'console=ttyS0 quiet loglevel=4 panic=-1 tsc=reliable no_timer_check'; }
 
 # vm_script FILE: what the guest's init runs.
-vm_script() { VM_ARGS+=(-fw_cfg "name=opt/virtioblkd/script,file=$1"); }
+vm_script() {
+    printf '\n#script-begin\n%s\n#script-end\n' "$(cat "$1")" >"$RUN_DIR/$VM_NAME.smbios"
+    VM_ARGS+=(-smbios "type=11,path=$VM_NAME.smbios")
+}
 
 # vm_uefi: OVMF instead of SeaBIOS.
 vm_uefi() {
