@@ -40,7 +40,7 @@ vm_linux() {
     VM_ARGS+=(-kernel "$GUEST_KERNEL" -initrd "$1" -append "$(linux_parameters) ${2:-}")
 }
 
-linux_parameters() { printf 'console=ttyS0 quiet loglevel=4 panic=-1 tsc=reliable no_timer_check'; }
+linux_parameters() { printf 'console=ttyS0 quiet loglevel=4 panic=-1'; }
 
 # vm_script FILE: what the guest's init runs.
 vm_script() {
