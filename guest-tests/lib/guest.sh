@@ -33,12 +33,13 @@ same() { [ "$2" = "$3" ] || fail "$1: wanted '$2', have '$3'"; }
 # block TAG SIZE: SIZE bytes that only this tag has.
 block() { yes "$1" 2>/dev/null | head -c "$2"; }
 
-# tree DIR COUNT: COUNT files of 0 to 100 kB with contents that follow from their number; sums in DIR.sums.
+# tree DIR COUNT: COUNT files of up to 100 kB with contents that follow from their number; sums in DIR.sums.
 tree() {
     mkdir -p "$1" "$1/0" "$1/1" "$1/2" "$1/3" "$1/4" "$1/5" "$1/6"
+    block text 100000 >/tmp/text
     n=0
     while [ "$n" -lt "$2" ]; do
-        block "file $n" $((n * 7919 % 100000)) >"$1/$((n % 7))/$n"
+        { echo "file $n" && head -c $((n * 7919 % 100000)) /tmp/text; } >"$1/$((n % 7))/$n"
         n=$((n + 1))
     done
     (cd "$1" && find . -type f | sort | xargs sha256sum) >/tmp/sums

@@ -2,7 +2,7 @@
 SUMMARY="ext4: made, 150 files, checked, and the files again after a remount and in a second VM"
 
 host() {
-    make_disk qcow2 256
+    make_disk qcow2 96
     start_backend disk "$IMAGE" qcow2
     run_guest first guest_fill disk
     # The same process serves the next VM.

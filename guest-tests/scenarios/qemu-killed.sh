@@ -3,7 +3,7 @@ SUMMARY="kill -9 of QEMU under load: the backend stays, flushes, unlocks, and se
 
 host() {
     local pid deadline
-    make_disk qcow2 256
+    make_disk qcow2 128
     start_backend disk "$IMAGE" qcow2 --num-queues 2
     pid=${BACKEND_PID[disk]}
     start_guest first guest_load disk,num-queues=2
@@ -36,7 +36,7 @@ guest_load() {
     mkfs.ext4 -q -F /dev/vda
     mount /dev/vda /mnt
     tree /mnt/files 100
-    fio --name=load --directory=/mnt --rw=randrw --bsrange=4k-64k --size=96M --ioengine=libaio --direct=1 \
+    fio --name=load --directory=/mnt --rw=randrw --bsrange=4k-64k --size=48M --ioengine=libaio --direct=1 \
         --iodepth=16 --fsync=50 --time_based --runtime=120 --output=/dev/null &
     wait_writes vda 1000
     result "UNDER LOAD"
