@@ -4,3 +4,20 @@
 //! locks, reads the metadata and gives the `ActiveDisk` that serves requests. Giving the active disk
 //! back flushes everything and releases the locks (`ActiveDisk::deactivate`). So another process may
 //! own the image at any time at which no ring runs here.
+
+mod edges;
+pub mod error;
+pub mod file;
+pub mod lock;
+pub mod null;
+mod probe;
+#[cfg(test)]
+pub mod sim;
+pub mod storage;
+#[cfg(test)]
+mod tests;
+
+pub use error::{Error, ErrorKind, Result};
+pub use file::{FileOptions, FileStorage};
+pub use null::NullStorage;
+pub use storage::{Limits, Pending, Storage};
