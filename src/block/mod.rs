@@ -8,16 +8,21 @@
 mod edges;
 pub mod error;
 pub mod file;
+pub mod layer;
 pub mod lock;
 pub mod null;
 mod probe;
 #[cfg(test)]
 pub mod sim;
+pub mod stack;
 pub mod storage;
 #[cfg(test)]
 mod tests;
 
 pub use error::{Error, ErrorKind, Result};
 pub use file::{FileOptions, FileStorage};
+pub use layer::{Layer, Mapping, Raw};
+pub use lock::Role;
 pub use null::NullStorage;
+pub use stack::read_chain;
 pub use storage::{Limits, Pending, Storage};
