@@ -11,6 +11,7 @@ pub mod file;
 pub mod lock;
 pub mod null;
 mod probe;
+pub mod qcow2;
 #[cfg(test)]
 pub mod sim;
 pub mod storage;
