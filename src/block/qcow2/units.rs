@@ -42,7 +42,7 @@ impl Geometry {
 
     /// Refcounts in a refcount block (a cluster).
     pub fn refcount_block_entries(&self) -> u64 {
-        self.cluster_size() * 8 >> self.refcount_order
+        (self.cluster_size() * 8) >> self.refcount_order
     }
 
     /// log2 of the entries of an L2 table (a cluster of 8-byte entries).
