@@ -12,6 +12,7 @@ pub mod layer;
 pub mod lock;
 pub mod null;
 mod probe;
+pub mod qcow2;
 #[cfg(test)]
 pub mod sim;
 pub mod stack;
