@@ -107,6 +107,11 @@ impl FileStorage {
         self.identity
     }
 
+    /// The identity of what `path` leads to now.
+    pub(super) fn identity_of(path: &Path) -> io::Result<(u64, u64)> {
+        std::fs::metadata(path).map(|meta| probe::identity(&meta))
+    }
+
     pub(super) fn file(&self) -> &std::fs::File {
         self.file.get()
     }

@@ -55,16 +55,25 @@ impl Role {
 pub(super) struct Held(AtomicU32);
 
 impl Storage {
-    /// Locks the image for `role`; what was held before is given up.
+    /// Locks the image for `role`.
     ///
     /// # Errors
-    /// [`ErrorKind::Locked`] if another process is in the way.
+    /// [`ErrorKind::Locked`] if another process is in the way, or if it is locked already.
     pub fn lock(&self, role: Role) -> Result<()> {
         let Self::File(storage) = self else {
             return Ok(());
         };
-        self.unlock();
-        let result = take(storage.file(), self.path(), &storage.held, role);
+        let bits = role.used() | role.not_shared() << 16;
+        // Locks of one open file do not exclude each other.
+        let free = storage
+            .held
+            .0
+            .compare_exchange(0, bits, Ordering::AcqRel, Ordering::Acquire);
+        if free.is_err() {
+            let message = "the image is in use by this process already";
+            return Err(Error::image(ErrorKind::Locked, self.path(), None, message));
+        }
+        let result = take(storage.file(), self.path(), role);
         if result.is_err() {
             self.unlock();
         }
@@ -88,9 +97,8 @@ impl Storage {
     }
 }
 
-fn take(file: &File, path: &Path, held: &Held, role: Role) -> Result<()> {
+fn take(file: &File, path: &Path, role: Role) -> Result<()> {
     let (used, not_shared) = (role.used(), role.not_shared());
-    held.0.store(used | not_shared << 16, Ordering::Release);
     for bit in 0..BITS {
         for (bits, base) in [(used, USED_BASE), (not_shared, NOT_SHARED_BASE)] {
             if bits >> bit & 1 != 0 {

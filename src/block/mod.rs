@@ -5,6 +5,9 @@
 //! back flushes everything and releases the locks (`ActiveDisk::deactivate`). So another process may
 //! own the image at any time at which no ring runs here.
 
+mod active;
+mod chain;
+pub mod disk;
 mod edges;
 pub mod error;
 pub mod file;
@@ -20,6 +23,7 @@ pub mod storage;
 #[cfg(test)]
 mod tests;
 
+pub use disk::{ActiveDisk, CacheMode, Disk, DiskLimits, DiskSpec, Format, Source};
 pub use error::{Error, ErrorKind, Result};
 pub use file::{FileOptions, FileStorage};
 pub use layer::{Layer, Mapping, Raw};

@@ -95,6 +95,13 @@ impl<'a> Pieces<'a> {
                         self.add(io, level, offset, done, len as usize).await?;
                         len
                     }
+                    Mapping::Compressed { cluster, skip, len } => {
+                        let part = self.to.slice(done, len as usize);
+                        // Boxed: rare, and it works for longer than an allocation does.
+                        let layer = &self.layers[level];
+                        Box::pin(layer.read_compressed(io, cluster, skip, part)).await?;
+                        len
+                    }
                 };
                 done += len as usize;
                 left -= len;
