@@ -141,7 +141,7 @@ fn reconnect_is_never_taken_for_a_second_client() {
             let _slow = device.gate.lock().unwrap();
             old.send(Req::SET_VRING_ENABLE, 0, &state(0, 1), &[]);
             old.send(Req::RESET_DEVICE, 0, &[], &[]);
-            for _ in 0..100 {
+            for _ in 0..200 {
                 old.send(Req::SET_VRING_ENABLE, 0, &state(0, 0), &[]);
             }
             drop(old);
