@@ -4,7 +4,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 
-use super::super::testing::{CHILD, is_alone};
+use super::super::testing::{CHILD, alone, is_alone};
 use super::*;
 
 fn listen(path: &Path) -> Result<Listener, ListenError> {
@@ -37,6 +37,9 @@ fn socket_file_lives_as_long_as_its_listener() {
 
 #[test]
 fn stale_socket_file_is_replaced() {
+    if !alone("vhost_user::listener::tests::stale_socket_file_is_replaced") {
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk.sock");
     // A daemon that was killed leaves its file behind.
