@@ -4,7 +4,8 @@ use std::fs::File;
 use std::sync::Arc;
 
 use crate::virtio::memory::GuestMemory;
-use crate::virtio::ring::RingConfig;
+
+pub use crate::dataplane::device::RingStart;
 
 /// What a session needs from the device it serves; implemented over the data plane.
 ///
@@ -66,23 +67,4 @@ pub trait Device: Send + Sync {
     /// image is flushed, its lock released and the memory let go before this returns. Does nothing when
     /// no ring runs.
     fn reset(&self);
-}
-
-/// Everything a ring starts with.
-#[derive(Debug)]
-pub struct RingStart {
-    /// The guest's memory as it is now.
-    pub memory: Arc<GuestMemory>,
-    /// Size, guest addresses and first available index of the ring.
-    pub config: RingConfig,
-    /// The features that the driver accepted.
-    pub features: u64,
-    /// The descriptor the driver kicks (an eventfd or a pipe); `None` means that the ring is polled.
-    pub kick: Option<File>,
-    /// The descriptor that tells the guest of used buffers; `None` means that the guest polls.
-    pub call: Option<File>,
-    /// The descriptor that tells the VMM of a broken ring.
-    pub err: Option<File>,
-    /// Whether the ring may fetch requests at once (see [`Device::set_enabled`]).
-    pub enabled: bool,
 }
