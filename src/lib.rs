@@ -7,6 +7,7 @@
 //!
 //! | room | what lives there |
 //! | --- | --- |
+//! | [`cli`], [`config`] | what the user wrote; what it means once checked |
 //! | [`vhost_user`] | the control plane: one connection with a VMM |
 //! | [`dataplane`] | the worker threads that own virtqueues and run requests to completion |
 //! | [`virtio`] | what the guest sees: memory, rings, virtio-blk requests, the configuration space |
@@ -17,6 +18,9 @@
 //! `docs/architecture.md` tells the whole story.
 
 pub mod block;
+pub mod cli;
+pub mod config;
+pub mod daemon;
 pub mod dataplane;
 pub mod reactor;
 pub mod vhost_user;

@@ -1,1 +1,29 @@
-//! placeholder
+//! What the storage stack and the workers run on: one io_uring and one executor a thread.
+//!
+//! An [`Io`] is a thread's handle to its reactor. Everything here is single-threaded, but for waking a
+//! task from another thread ([`std::task::Waker`]) and the [`epoch`] domain.
+//!
+//! - [`Io::read`], [`Io::write`] and their kin queue a submission at once and return a future of the
+//!   result; nothing enters the kernel until [`Io::turn`] (or [`Io::park`]) submits the whole batch.
+//! - [`Io::spawn`] and [`Io::slot`] make tasks, [`Io::block_on`] runs one future to its end.
+//! - [`Io::pin`] marks a request as begun, so that memory and clusters it may still look at are not
+//!   reused before it ends.
+//!
+//! A worker's loop is `dataplane::worker`; tests and the control thread use [`Io::block_on`].
+
+pub mod buf;
+pub mod epoch;
+mod executor;
+mod file;
+mod op;
+mod ring;
+
+#[cfg(test)]
+mod tests;
+
+pub use buf::{AlignedBuf, Sg};
+pub use epoch::{Epoch, Epochs, Pin};
+pub use executor::TaskId;
+pub use file::IoFile;
+pub use op::Op;
+pub use ring::{Io, IoConfig};

@@ -1,0 +1,95 @@
+//! A configuration as a configuration file, complete with every default.
+
+use std::fmt;
+
+use clap::ValueEnum;
+
+use super::{Config, DiskConfig, Listen, Source, parse};
+
+/// A string as TOML's basic string, whose escapes are those of JSON but for DEL.
+fn quoted(text: impl fmt::Display) -> String {
+    serde_json::Value::String(text.to_string())
+        .to_string()
+        .replace('\u{7f}', "\\u007f")
+}
+
+/// The word that the user writes for this.
+fn word<T: ValueEnum>(value: T) -> String {
+    value
+        .to_possible_value()
+        .map_or_else(String::new, |v| quoted(v.get_name()))
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File { path } => write!(f, "{}", path.display()),
+            Self::Null { size } => write!(f, "null:{size}"),
+        }
+    }
+}
+
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for warning in &self.warnings {
+            writeln!(f, "# Warning: {warning}")?;
+        }
+        writeln!(f, "once = {}", self.once)?;
+        if let Some(path) = &self.pid_file {
+            writeln!(f, "pid-file = {}", quoted(path.display()))?;
+        }
+        if let Some(level) = self.log_level {
+            writeln!(f, "log-level = {}", word(level))?;
+        }
+
+        writeln!(f, "\n[workers]")?;
+        writeln!(f, "count = {}", self.workers.count)?;
+        if !self.workers.cpus.is_empty() {
+            writeln!(
+                f,
+                "cpus = {}",
+                quoted(parse::show_cpu_list(&self.workers.cpus))
+            )?;
+        }
+        writeln!(f, "poll = {}", word(self.workers.poll))?;
+        if self.workers.poll == super::PollMode::Adaptive {
+            writeln!(f, "poll-max-us = {}", self.workers.poll_max.as_micros())?;
+        }
+        self.disks.iter().try_for_each(|disk| write!(f, "\n{disk}"))
+    }
+}
+
+impl fmt::Display for DiskConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "[[disk]]")?;
+        writeln!(f, "name = {}", quoted(&self.name))?;
+        match &self.listen {
+            Listen::Path { path, mode, group } => {
+                writeln!(f, "socket-path = {}", quoted(path.display()))?;
+                writeln!(f, "socket-mode = \"{mode:04o}\"")?;
+                if let Some(group) = group {
+                    writeln!(f, "socket-group = \"{group}\"")?;
+                }
+            }
+            Listen::Fd(fd) => writeln!(f, "fd = {fd}")?,
+            Listen::Systemd { name, .. } => writeln!(f, "fd-name = {}", quoted(name))?,
+        }
+        writeln!(f, "blk-file = {}", quoted(&self.source))?;
+        writeln!(f, "format = {}", word(self.format))?;
+        writeln!(f, "read-only = {}", self.read_only)?;
+        writeln!(f, "cache = {}", word(self.cache))?;
+        if self.format == super::Format::Qcow2 {
+            writeln!(f, "backing-cache = {}", word(self.backing_cache))?;
+            let paths: Vec<_> = self
+                .allow_paths
+                .iter()
+                .map(|p| quoted(p.display()))
+                .collect();
+            writeln!(f, "allow-path = [{}]", paths.join(", "))?;
+        }
+        writeln!(f, "num-queues = {}", self.num_queues)?;
+        writeln!(f, "queue-size = {}", self.queue_size)?;
+        writeln!(f, "serial = {}", quoted(&self.serial))?;
+        writeln!(f, "block-size = {}", self.block_size)
+    }
+}

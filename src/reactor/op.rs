@@ -1,0 +1,165 @@
+//! One operation under way: its place in the reactor's table, and the future of its result.
+
+use std::future::Future;
+use std::io;
+use std::marker::PhantomData;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use io_uring::types::Timespec;
+use libc::iovec;
+
+use super::executor::TaskId;
+use super::ring::Io;
+
+/// What became of an operation.
+#[derive(Clone, Copy, Debug)]
+enum State {
+    Free { next: u32 },
+    Pending { waiter: TaskId },
+    Done { result: i32 },
+}
+
+#[derive(Debug)]
+struct Entry {
+    state: State,
+    timeout: Box<Timespec>,
+}
+
+/// The operations of one ring, by the index that travels as `user_data`.
+#[derive(Debug)]
+pub(super) struct OpTable {
+    entries: Vec<Entry>,
+    free: u32,
+    pending: u32,
+}
+
+const NONE: u32 = u32::MAX;
+
+impl OpTable {
+    pub(super) fn with_capacity(capacity: usize) -> Self {
+        let mut table = Self {
+            entries: Vec::with_capacity(capacity),
+            free: NONE,
+            pending: 0,
+        };
+        for _ in 0..capacity {
+            table.grow();
+        }
+        table
+    }
+
+    fn grow(&mut self) {
+        self.entries.push(Entry {
+            state: State::Free { next: self.free },
+            timeout: Box::new(Timespec::new()),
+        });
+        self.free = (self.entries.len() - 1) as u32;
+    }
+
+    pub(super) fn begin(&mut self, waiter: TaskId) -> u32 {
+        if self.free == NONE {
+            self.grow();
+        }
+        let index = self.free;
+        let entry = &mut self.entries[index as usize];
+        if let State::Free { next } = entry.state {
+            self.free = next;
+        }
+        entry.state = State::Pending { waiter };
+        self.pending += 1;
+        index
+    }
+
+    /// Where a timeout's duration lives for as long as the kernel may read it.
+    pub(super) fn timeout(&mut self, index: u32, value: Timespec) -> *const Timespec {
+        let slot = &mut self.entries[index as usize].timeout;
+        **slot = value;
+        &raw const **slot
+    }
+
+    /// Notes a completion; returns the task to wake.
+    pub(super) fn complete(&mut self, index: u32, result: i32) -> Option<TaskId> {
+        let entry = self.entries.get_mut(index as usize)?;
+        let State::Pending { waiter } = entry.state else {
+            return None;
+        };
+        entry.state = State::Done { result };
+        self.pending -= 1;
+        Some(waiter)
+    }
+
+    fn poll(&mut self, index: u32, task: TaskId) -> Poll<i32> {
+        match &mut self.entries[index as usize].state {
+            State::Pending { waiter } => {
+                *waiter = task;
+                Poll::Pending
+            }
+            State::Done { result } => Poll::Ready(*result),
+            State::Free { .. } => Poll::Ready(-libc::ECANCELED),
+        }
+    }
+
+    pub(super) fn is_done(&self, index: u32) -> bool {
+        matches!(self.entries[index as usize].state, State::Done { .. })
+    }
+
+    fn release(&mut self, index: u32) {
+        self.entries[index as usize].state = State::Free { next: self.free };
+        self.free = index;
+    }
+
+    pub(super) fn pending(&self) -> u32 {
+        self.pending
+    }
+}
+
+/// The future of an operation that is already queued. Its output is the kernel's result: a count, or
+/// the error. Dropped before its end, it waits for it: the kernel may still be writing to the memory.
+#[derive(Debug)]
+#[must_use = "an operation that nobody awaits is waited for when it is dropped"]
+pub struct Op<'a> {
+    pub(super) io: &'a Io,
+    pub(super) index: u32,
+    /// Set while the table's entry is ours.
+    pub(super) live: bool,
+    /// The iovecs that the kernel reads, where the caller's own could not be used.
+    pub(super) iovecs: Option<Vec<iovec>>,
+    pub(super) memory: PhantomData<&'a ()>,
+}
+
+impl Op<'_> {
+    fn finish(&mut self) {
+        self.live = false;
+        self.io.ops().release(self.index);
+        if let Some(iovecs) = self.iovecs.take() {
+            self.io.give_iovecs(iovecs);
+        }
+    }
+}
+
+impl Future for Op<'_> {
+    type Output = io::Result<u32>;
+
+    fn poll(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Self::Output> {
+        let polled = self.io.ops().poll(self.index, self.io.current_task());
+        let Poll::Ready(result) = polled else {
+            return Poll::Pending;
+        };
+        self.finish();
+        Poll::Ready(if result < 0 {
+            Err(io::Error::from_raw_os_error(-result))
+        } else {
+            Ok(result as u32)
+        })
+    }
+}
+
+impl Drop for Op<'_> {
+    fn drop(&mut self) {
+        if self.live {
+            self.io.wait_for(self.index);
+            self.finish();
+        }
+    }
+}

@@ -1,0 +1,628 @@
+//! The reactor of one thread: its io_uring and the turn of its loop.
+
+use std::cell::{Cell, RefCell, RefMut};
+use std::future::Future;
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::AsRawFd;
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::{IoUring, opcode, squeue};
+use libc::iovec;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+use super::buf::{AlignedBuf, BufPool, Sg};
+use super::epoch::{Epochs, Participant, Pin};
+use super::executor::{Executor, ROOT, Remote, TaskId};
+use super::file::{IoFile, Registered, SLOTS};
+use super::op::{Op, OpTable};
+
+/// `user_data` of the read that waits for the doorbell.
+const DOORBELL: u64 = u64::MAX;
+/// `user_data` of a cancellation; its own result says nothing that the cancelled operation's does not.
+const CANCEL: u64 = u64::MAX - 1;
+/// The kernel takes this many iovecs an operation (IOV_MAX); the rest is a short transfer.
+const IOV_MAX: usize = 1024;
+/// Largest transfer the kernel makes in one operation (MAX_RW_COUNT), kept to whole 4 KiB blocks.
+const MAX_TRANSFER: usize = 0x7fff_f000;
+
+/// Builds an entry for either kind of name: the crate's opcodes take a type each.
+macro_rules! entry {
+    ($name:expr, $fd:ident => $build:expr) => {
+        match $name {
+            Name::Registered($fd) => $build,
+            Name::Descriptor($fd) => $build,
+        }
+    };
+}
+
+/// How to make a reactor.
+#[derive(Clone, Debug)]
+pub struct IoConfig {
+    /// Number of the thread among those that share images: 0 is the control thread's.
+    pub worker: usize,
+    /// Submission queue entries; the completion queue has four times as many.
+    pub entries: u32,
+    /// The domain of threads that share data structures.
+    pub epochs: Arc<Epochs>,
+}
+
+/// A thread's handle to its reactor; a clone is another handle to the same one.
+#[derive(Clone, Debug)]
+pub struct Io {
+    inner: Rc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    worker: usize,
+    ring: RefCell<Ring>,
+    ops: RefCell<OpTable>,
+    exec: Executor,
+    participant: Rc<Participant>,
+    remote: Arc<Remote>,
+    buffers: Rc<BufPool>,
+    iovecs: RefCell<Vec<Vec<iovec>>>,
+    files: RefCell<Option<Registered>>,
+    epochs: Arc<Epochs>,
+    /// Counted by `enter`: calls into the kernel.
+    enters: Cell<u64>,
+}
+
+struct Ring {
+    uring: IoUring,
+    queued: u32,
+    /// What the kernel writes when the doorbell rings.
+    doorbell: Box<u64>,
+    doorbell_armed: bool,
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ring")
+            .field("queued", &self.queued)
+            .finish()
+    }
+}
+
+/// Rings another thread's reactor, from any thread.
+#[derive(Clone, Debug)]
+pub struct Doorbell(Arc<Remote>);
+
+impl Doorbell {
+    /// Makes the reactor's thread take a turn, now if it sleeps.
+    pub fn ring(&self) {
+        self.0.ring();
+    }
+}
+
+impl Io {
+    /// Makes the calling thread's reactor. Fails where the kernel refuses io_uring.
+    pub fn new(config: &IoConfig) -> io::Result<Self> {
+        let uring = build(config.entries)?;
+        let files = uring
+            .submitter()
+            .register_files_sparse(SLOTS as u32)
+            .is_ok()
+            .then(Registered::new);
+        let remote = Remote::new(EventFd::new(EFD_CLOEXEC)?);
+        let io = Self {
+            inner: Rc::new(Inner {
+                worker: config.worker,
+                ring: RefCell::new(Ring {
+                    uring,
+                    queued: 0,
+                    doorbell: Box::new(0),
+                    doorbell_armed: false,
+                }),
+                ops: RefCell::new(OpTable::with_capacity(config.entries as usize)),
+                exec: Executor::new(remote.clone()),
+                participant: Participant::new(config.epochs.clone()),
+                remote,
+                buffers: Rc::new(BufPool::default()),
+                iovecs: RefCell::new(Vec::with_capacity(64)),
+                files: RefCell::new(files),
+                epochs: config.epochs.clone(),
+                enters: Cell::new(0),
+            }),
+        };
+        io.inner.arm_doorbell();
+        Ok(io)
+    }
+
+    /// The number given by [`IoConfig::worker`].
+    pub fn worker(&self) -> usize {
+        self.inner.worker
+    }
+
+    /// The epoch domain of this reactor.
+    pub fn epochs(&self) -> &Arc<Epochs> {
+        &self.inner.epochs
+    }
+
+    /// Marks a request as begun in the current epoch.
+    #[inline]
+    pub fn pin(&self) -> Pin {
+        self.inner.participant.pin()
+    }
+
+    /// A handle by which other threads make this one take a turn.
+    pub fn doorbell(&self) -> Doorbell {
+        Doorbell(self.inner.remote.clone())
+    }
+
+    /// How often the thread has entered the kernel through this ring.
+    pub fn enters(&self) -> u64 {
+        self.inner.enters.get()
+    }
+
+    /// An aligned buffer of `len` bytes with arbitrary contents.
+    pub fn buf(&self, len: usize) -> AlignedBuf {
+        self.inner.buffers.get(len)
+    }
+
+    // ---- tasks ----
+
+    /// Makes a task; it is first polled in the next turn.
+    pub fn spawn(&self, future: impl Future<Output = ()> + 'static) -> TaskId {
+        self.inner.exec.spawn(Box::pin(future))
+    }
+
+    /// Marks a task of this reactor as ready.
+    #[inline]
+    pub fn wake(&self, task: TaskId) {
+        self.inner.exec.enqueue(task);
+    }
+
+    /// Polls a task of this reactor at once. Not from inside that task.
+    #[inline]
+    pub fn poll_now(&self, task: TaskId) {
+        self.inner.exec.poll(task);
+    }
+
+    /// Drops a task, after its operations have ended. Not from inside that task.
+    pub fn remove(&self, task: TaskId) {
+        self.inner.exec.remove(task);
+    }
+
+    /// Drops all tasks, after their operations have ended. Tasks hold handles to the reactor, so a
+    /// reactor with tasks is not freed before this.
+    pub fn close(&self) {
+        self.inner.exec.remove_all();
+    }
+
+    pub(super) fn current_task(&self) -> TaskId {
+        self.inner.exec.current()
+    }
+
+    // ---- the loop ----
+
+    /// One turn: submit what is queued, take completions and wakes, run the tasks that became ready.
+    /// Returns true if anything was done.
+    #[inline]
+    pub fn turn(&self) -> bool {
+        let inner = &*self.inner;
+        inner.participant.quiesce();
+        let woken = inner.remote.pending.load(Ordering::Relaxed)
+            && inner.remote.pending.swap(false, Ordering::SeqCst);
+        if woken {
+            inner.exec.accept_wakes();
+        }
+        let entered = inner.submit();
+        let reaped = inner.reap();
+        let ran = inner.exec.run_ready();
+        woken | entered | (reaped + ran > 0)
+    }
+
+    /// Sleeps in the kernel until an operation ends, a wake or the doorbell comes, or `timeout` is over.
+    /// Submits what is queued on the way. Returns at once if there is something to do.
+    pub fn park(&self, timeout: Option<Duration>) {
+        let inner = &*self.inner;
+        if inner
+            .files
+            .borrow()
+            .as_ref()
+            .is_some_and(Registered::anything_closed)
+        {
+            inner.let_go_of_closed_files();
+        }
+        if inner.exec.has_ready() {
+            return;
+        }
+        inner.participant.park();
+        inner.remote.sleeping.store(true, Ordering::SeqCst);
+        fence(Ordering::SeqCst); // pairs with the fence in `Remote::ring`
+        if !inner.remote.pending.load(Ordering::SeqCst) {
+            inner.enter(1, timeout);
+        }
+        inner.remote.sleeping.store(false, Ordering::SeqCst);
+        inner.participant.quiesce();
+    }
+
+    /// Runs `future` on this reactor until it ends, sleeping when there is nothing to do. Not from
+    /// inside a task.
+    pub fn block_on<F: Future>(&self, future: F) -> F::Output {
+        let mut future = pin!(future);
+        let waker = self.inner.exec.waker(ROOT);
+        let mut cx = Context::from_waker(&waker);
+        self.inner.participant.quiesce();
+        self.inner.exec.enqueue(ROOT);
+        loop {
+            if self.inner.exec.take_root_ready() {
+                if let Poll::Ready(output) = future.as_mut().poll(&mut cx) {
+                    // What it queued and did not await is still submitted.
+                    self.inner.submit();
+                    self.inner.participant.park();
+                    return output;
+                }
+            }
+            if !self.turn() {
+                self.park(None);
+            }
+        }
+    }
+
+    /// Ends one operation without running tasks: it was dropped before its end. A poll or a timeout is
+    /// cancelled; a transfer that the device already has is waited for.
+    #[cold]
+    pub(super) fn wait_for(&self, index: u32) {
+        let cancel = opcode::AsyncCancel::new(index.into()).build();
+        self.inner.push(&cancel.user_data(CANCEL));
+        while !self.ops().is_done(index) {
+            self.inner.enter(1, None);
+            self.inner.reap();
+        }
+    }
+
+    #[inline]
+    pub(super) fn ops(&self) -> RefMut<'_, OpTable> {
+        self.inner.ops.borrow_mut()
+    }
+
+    // ---- operations ----
+
+    /// Reads at `offset` into `to`; the result is how many bytes were read, 0 at the end of the file.
+    pub(crate) fn read<'a>(&'a self, file: &IoFile, offset: u64, to: Sg<'a>) -> Op<'a> {
+        self.transfer(file, offset, to, false)
+    }
+
+    /// Writes `from` at `offset`; the result is how many bytes were written.
+    pub(crate) fn write<'a>(&'a self, file: &IoFile, offset: u64, from: Sg<'a>) -> Op<'a> {
+        self.transfer(file, offset, from, true)
+    }
+
+    fn transfer<'a>(&'a self, file: &IoFile, offset: u64, sg: Sg<'a>, write: bool) -> Op<'a> {
+        let fd = self.inner.name(file);
+        let mut pieces = sg.iter();
+        let first = pieces.next().unwrap_or((std::ptr::null_mut(), 0));
+        if pieces.next().is_none() {
+            let len = first.1.min(MAX_TRANSFER) as u32;
+            return self.start(
+                fd,
+                |fd| {
+                    if write {
+                        entry!(fd, fd => opcode::Write::new(fd, first.0, len).offset(offset).build())
+                    } else {
+                        entry!(fd, fd => opcode::Read::new(fd, first.0, len).offset(offset).build())
+                    }
+                },
+                None,
+            );
+        }
+        let mut copied = None;
+        let (iovecs, count) = match sg.whole() {
+            Some(all) => (all.as_ptr(), all.len().min(IOV_MAX) as u32),
+            None => {
+                let mut list = self.take_iovecs();
+                list.extend(sg.iter().take(IOV_MAX).map(|(ptr, len)| iovec {
+                    iov_base: ptr.cast(),
+                    iov_len: len,
+                }));
+                let list = copied.insert(list);
+                (list.as_ptr(), list.len() as u32)
+            }
+        };
+        self.start(
+            fd,
+            |fd| {
+                if write {
+                    entry!(fd, fd => opcode::Writev::new(fd, iovecs, count).offset(offset).build())
+                } else {
+                    entry!(fd, fd => opcode::Readv::new(fd, iovecs, count).offset(offset).build())
+                }
+            },
+            copied,
+        )
+    }
+
+    /// Makes the file's data durable, and the metadata needed to read it (fdatasync).
+    pub(crate) fn fdatasync(&self, file: &IoFile) -> Op<'_> {
+        self.start(
+            self.inner.name(file),
+            |fd| entry!(fd, fd => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build()),
+            None,
+        )
+    }
+
+    /// `fallocate(2)` with `mode` (`libc::FALLOC_FL_*`).
+    pub(crate) fn fallocate(&self, file: &IoFile, mode: i32, offset: u64, len: u64) -> Op<'_> {
+        self.start(
+            self.inner.name(file),
+            |fd| {
+                entry!(fd, fd => opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build())
+            },
+            None,
+        )
+    }
+
+    /// Ends successfully after `duration`.
+    pub(crate) async fn sleep(&self, duration: Duration) {
+        let index = self.ops().begin(self.current_task());
+        let timespec = self.ops().timeout(index, Timespec::from(duration));
+        self.inner.push(
+            &opcode::Timeout::new(timespec)
+                .build()
+                .user_data(index.into()),
+        );
+        // A timeout's result is -ETIME: it ended.
+        let _ = self.op(index, None).await;
+    }
+
+    /// Ends when the file has something to read (POLLIN) or was hung up. Unlike a read, it also waits on
+    /// a non-blocking eventfd, as VMMs make them.
+    pub(crate) fn readable(&self, file: &IoFile) -> Op<'_> {
+        self.start(
+            self.inner.name(file),
+            |fd| entry!(fd, fd => opcode::PollAdd::new(fd, libc::POLLIN as u32).build()),
+            None,
+        )
+    }
+
+    /// Lets other tasks run before going on.
+    pub(crate) async fn yield_now(&self) {
+        let mut yielded = false;
+        std::future::poll_fn(|_| {
+            if std::mem::replace(&mut yielded, true) {
+                return Poll::Ready(());
+            }
+            self.wake(self.current_task());
+            Poll::Pending
+        })
+        .await;
+    }
+
+    fn start(
+        &self,
+        fd: Name,
+        build: impl FnOnce(Name) -> squeue::Entry,
+        iovecs: Option<Vec<iovec>>,
+    ) -> Op<'_> {
+        let index = self.ops().begin(self.current_task());
+        self.inner.push(&build(fd).user_data(index.into()));
+        self.op(index, iovecs)
+    }
+
+    fn op(&self, index: u32, iovecs: Option<Vec<iovec>>) -> Op<'_> {
+        Op {
+            io: self,
+            index,
+            live: true,
+            iovecs,
+            memory: PhantomData,
+        }
+    }
+
+    fn take_iovecs(&self) -> Vec<iovec> {
+        self.inner.iovecs.borrow_mut().pop().unwrap_or_default()
+    }
+
+    pub(super) fn give_iovecs(&self, mut list: Vec<iovec>) {
+        list.clear();
+        self.inner.iovecs.borrow_mut().push(list);
+    }
+}
+
+/// How a submission names its file.
+#[derive(Clone, Copy)]
+enum Name {
+    Registered(Fixed),
+    Descriptor(Fd),
+}
+
+impl Inner {
+    fn name(&self, file: &IoFile) -> Name {
+        let mut files = self.files.borrow_mut();
+        let (Some(files), Some((slot, identity))) = (files.as_mut(), file.slot()) else {
+            return Name::Descriptor(Fd(file.as_raw_fd()));
+        };
+        if !files.holds(slot, identity) {
+            let update = [file.as_raw_fd()];
+            let ring = self.ring.borrow();
+            if ring
+                .uring
+                .submitter()
+                .register_files_update(slot, &update)
+                .is_err()
+            {
+                return Name::Descriptor(Fd(file.as_raw_fd()));
+            }
+            files.set(slot, identity);
+        }
+        Name::Registered(Fixed(slot))
+    }
+
+    #[cold]
+    fn let_go_of_closed_files(&self) {
+        if let Some(files) = self.files.borrow_mut().as_mut() {
+            let ring = self.ring.borrow();
+            for slot in files.stale() {
+                // The slot stays held if this fails, until it is used again: nothing depends on it.
+                let _ = ring.uring.submitter().register_files_update(slot, &[-1]);
+            }
+        }
+    }
+
+    #[inline]
+    fn push(&self, entry: &squeue::Entry) {
+        loop {
+            let mut ring = self.ring.borrow_mut();
+            // SAFETY: everything the entry points to lives until its completion: buffers and iovecs by
+            // the lifetimes and the drop of `Op`, timeouts in the operation table.
+            if unsafe { ring.uring.submission().push(entry) }.is_ok() {
+                ring.queued += 1;
+                return;
+            }
+            drop(ring);
+            self.enter(0, None); // the queue is full: make room
+        }
+    }
+
+    fn arm_doorbell(&self) {
+        let mut ring = self.ring.borrow_mut();
+        if std::mem::replace(&mut ring.doorbell_armed, true) {
+            return;
+        }
+        let to: *mut u64 = &raw mut *ring.doorbell;
+        drop(ring);
+        let fd = Fd(self.remote.doorbell.as_raw_fd());
+        self.push(
+            &opcode::Read::new(fd, to.cast(), 8)
+                .build()
+                .user_data(DOORBELL),
+        );
+    }
+
+    /// Enters the kernel if something is queued, or if it has completions to post.
+    #[inline]
+    fn submit(&self) -> bool {
+        let due = {
+            let mut ring = self.ring.borrow_mut();
+            if ring.queued > 0 {
+                true
+            } else {
+                let submission = ring.uring.submission();
+                submission.taskrun() || submission.cq_overflow()
+            }
+        };
+        if due {
+            self.enter(0, None);
+        }
+        due
+    }
+
+    fn enter(&self, want: u32, timeout: Option<Duration>) {
+        self.enters.set(self.enters.get() + 1);
+        let mut ring = self.ring.borrow_mut();
+        let timespec = timeout.map(Timespec::from);
+        const GETEVENTS: u32 = 1;
+        let queued = ring.queued;
+        let submitter = ring.uring.submitter();
+        let result = match (&timespec, want) {
+            (Some(timespec), 1..) => {
+                let args = SubmitArgs::new().timespec(timespec);
+                submitter.submit_with_args(want as usize, &args)
+            }
+            // SAFETY: no argument is passed.
+            _ => unsafe { submitter.enter::<libc::sigset_t>(queued, want, GETEVENTS, None) },
+        };
+        if let Err(error) = &result {
+            match error.raw_os_error() {
+                // Interrupted, timed out, or the completion queue is full: the caller's loop goes on.
+                Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN) => {}
+                _ => log::error!("io_uring_enter: {error}"),
+            }
+        }
+        let left = ring.uring.submission().len() as u32;
+        ring.queued = left;
+    }
+
+    #[inline]
+    fn reap(&self) -> usize {
+        let mut ring = self.ring.borrow_mut();
+        let mut ops = self.ops.borrow_mut();
+        let mut count = 0;
+        let mut rung = false;
+        for cqe in ring.uring.completion() {
+            count += 1;
+            match cqe.user_data() {
+                DOORBELL => rung = true,
+                CANCEL => {}
+                index => {
+                    if let Some(task) = ops.complete(index as u32, cqe.result()) {
+                        self.exec.enqueue(task);
+                    }
+                }
+            }
+        }
+        if rung {
+            ring.doorbell_armed = false;
+            drop((ring, ops));
+            self.arm_doorbell();
+        }
+        count
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // The kernel must be done with the doorbell's memory, and with anything else, before it goes.
+        if self.remote.doorbell.write(1).is_err() {
+            return;
+        }
+        self.submit();
+        while self.ring.borrow().doorbell_armed || self.ops.borrow().pending() > 0 {
+            self.enter(1, None);
+            let mut ring = self.ring.borrow_mut();
+            let mut ops = self.ops.borrow_mut();
+            let mut rung = false;
+            for cqe in ring.uring.completion() {
+                match cqe.user_data() {
+                    DOORBELL => rung = true,
+                    CANCEL => {}
+                    index => {
+                        ops.complete(index as u32, cqe.result());
+                    }
+                }
+            }
+            ring.doorbell_armed &= !rung;
+        }
+    }
+}
+
+/// Makes the ring with the best flags the kernel has: with DEFER_TASKRUN completions are processed when
+/// we ask, not by interrupting us; the TASKRUN flag tells a polling loop that there is something to ask
+/// for.
+fn build(entries: u32) -> io::Result<IoUring> {
+    let deferred = IoUring::builder()
+        .setup_clamp()
+        .setup_cqsize(entries * 4)
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_taskrun_flag()
+        .build(entries);
+    match deferred {
+        // Before Linux 6.1.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => IoUring::builder()
+            .setup_clamp()
+            .setup_cqsize(entries * 4)
+            .setup_coop_taskrun()
+            .setup_taskrun_flag()
+            .build(entries),
+        other => other,
+    }
+    .map_err(|error| {
+        io::Error::new(
+            error.kind(),
+            format!(
+                "io_uring_setup: {error}; io_uring must be allowed (sysctl kernel.io_uring_disabled=0, \
+                 a container's seccomp filter) and the kernel be 5.19 or newer"
+            ),
+        )
+    })
+}

@@ -1,0 +1,183 @@
+use std::cell::Cell;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
+use std::time::Duration;
+
+use super::*;
+
+fn io() -> Io {
+    Io::new(&IoConfig {
+        worker: 0,
+        entries: 64,
+        epochs: Epochs::new(),
+    })
+    .expect("io_uring")
+}
+
+fn file(len: u64) -> File {
+    let file = tempfile::tempfile().expect("temporary file");
+    file.set_len(len).expect("set_len");
+    file
+}
+
+#[test]
+fn bytes_written_are_read_back_through_lists_of_any_shape() {
+    let io = io();
+    let file = IoFile::new(file(1 << 16));
+    let mut buf = io.buf(12288);
+    buf.iter_mut().enumerate().for_each(|(i, b)| *b = i as u8);
+    let written = io.block_on(async { io.write(&file, 4096, buf.sg()).await });
+    assert_eq!(written.unwrap(), 12288);
+
+    let mut parts = [vec![0u8; 100], vec![0u8; 5000], vec![0u8; 7188]];
+    let iovecs: Vec<libc::iovec> = parts
+        .iter_mut()
+        .map(|p| libc::iovec {
+            iov_base: p.as_mut_ptr().cast(),
+            iov_len: p.len(),
+        })
+        .collect();
+    // SAFETY: `parts` outlives the list and is not touched before the reads end.
+    let sg = unsafe { Sg::new(&iovecs) };
+    io.block_on(async {
+        let (head, tail) = sg.split_at(150);
+        let a = io.read(&file, 4096, head);
+        let b = io.read(&file, 4096 + 150, tail);
+        assert_eq!((a.await.unwrap(), b.await.unwrap()), (150, 12288 - 150));
+    });
+    assert!(
+        parts
+            .concat()
+            .iter()
+            .enumerate()
+            .all(|(i, b)| *b == i as u8)
+    );
+}
+
+#[test]
+fn a_full_submission_queue_makes_room_for_itself() {
+    let io = io();
+    let file = IoFile::new(file(1 << 20));
+    let mut bufs: Vec<AlignedBuf> = (0..500).map(|_| io.buf(512)).collect();
+    io.block_on(async {
+        let ops: Vec<Op<'_>> = bufs.iter_mut().map(|b| io.read(&file, 0, b.sg())).collect();
+        for op in ops {
+            assert_eq!(op.await.unwrap(), 512);
+        }
+    });
+}
+
+#[test]
+fn an_operation_dropped_early_is_waited_for() {
+    let io = io();
+    let file = IoFile::new(file(8192));
+    file.get().write_all_at(&[7; 4096], 0).unwrap();
+    let mut buf = io.buf(4096);
+    buf.fill(0);
+    drop(io.read(&file, 0, buf.sg()));
+    assert!(buf.iter().all(|b| *b == 7));
+}
+
+#[test]
+fn errors_come_as_errors() {
+    let io = io();
+    let read_only = IoFile::new(File::open("/dev/null").unwrap());
+    let mut buf = io.buf(512);
+    let error = io.block_on(async { io.write(&read_only, 0, buf.sg()).await });
+    assert_eq!(error.unwrap_err().raw_os_error(), Some(libc::EBADF));
+}
+
+#[test]
+fn a_wake_from_another_thread_ends_the_sleep() {
+    let io = io();
+    let flag = Arc::new(AtomicBool::new(false));
+    let mut thread = None;
+    io.block_on(std::future::poll_fn(|cx| {
+        if flag.load(Ordering::Acquire) {
+            return Poll::Ready(());
+        }
+        if thread.is_none() {
+            let (flag, waker) = (flag.clone(), cx.waker().clone());
+            thread = Some(std::thread::spawn(move || {
+                flag.store(true, Ordering::Release);
+                waker.wake();
+            }));
+        }
+        Poll::Pending
+    }));
+    thread.unwrap().join().unwrap();
+}
+
+#[test]
+fn the_doorbell_ends_a_park_and_can_be_rung_again() {
+    let io = io();
+    for _ in 0..100 {
+        let doorbell = io.doorbell();
+        let thread = std::thread::spawn(move || doorbell.ring());
+        // Rung before, at or after falling asleep: the turn after it always says that there was something.
+        while !io.turn() {
+            io.park(None);
+        }
+        thread.join().unwrap();
+        while io.turn() {}
+    }
+}
+
+#[test]
+fn tasks_run_interleaved_and_sleepers_wake() {
+    let io = io();
+    let sum = std::rc::Rc::new(Cell::new(0));
+    for n in 1..=10u64 {
+        let (task_io, sum) = (io.clone(), sum.clone());
+        io.spawn(async move {
+            task_io.sleep(Duration::from_millis(n % 3)).await;
+            task_io.yield_now().await;
+            sum.set(sum.get() + n);
+        });
+    }
+    let waiter = io.clone();
+    io.block_on(async {
+        while sum.get() != 55 {
+            waiter.sleep(Duration::from_millis(1)).await;
+        }
+    });
+    io.close();
+}
+
+#[test]
+fn a_closed_file_is_let_go_by_the_ring() {
+    let io = io();
+    let (reader, writer) = std::os::unix::net::UnixStream::pair().unwrap();
+    let file = IoFile::new(File::from(std::os::fd::OwnedFd::from(writer)));
+    let mut buf = io.buf(1);
+    io.block_on(async { io.write(&file, u64::MAX, buf.sg()).await })
+        .unwrap();
+    drop(file);
+    io.park(Some(Duration::ZERO));
+    // With every writer gone the pipe ends after the one byte.
+    let mut all = Vec::new();
+    std::io::Read::read_to_end(&mut { reader }, &mut all).unwrap();
+    assert_eq!(all.len(), 1);
+}
+
+#[test]
+fn a_poll_dropped_early_is_cancelled_and_a_non_blocking_eventfd_is_waited_for() {
+    let io = io();
+    let event = vmm_sys_util::eventfd::EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    // SAFETY: the duplicate is owned by the `File` alone.
+    let file =
+        unsafe { <File as std::os::fd::FromRawFd>::from_raw_fd(libc::dup(event.as_raw_fd())) };
+    let file = IoFile::new(file);
+    drop(io.readable(&file));
+    let thread = std::thread::spawn({
+        let event = event.try_clone().unwrap();
+        move || event.write(1).unwrap()
+    });
+    io.block_on(async { io.readable(&file).await }).unwrap();
+    thread.join().unwrap();
+    assert_eq!(event.read().unwrap(), 1);
+}

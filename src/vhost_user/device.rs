@@ -1,0 +1,88 @@
+//! The door down: what a session needs from the disk it serves.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use crate::virtio::memory::GuestMemory;
+use crate::virtio::ring::RingConfig;
+
+/// What a session needs from the device it serves; implemented over the data plane.
+///
+/// Every method may be called from the control thread of the disk only, and may block it. Ring indices
+/// are below [`num_queues`](Device::num_queues) and refer to rings in the state the method asks for:
+/// the session has checked both. An error is a sentence: it goes to the log, and the VMM learns only
+/// that the request failed.
+pub trait Device: Send + Sync {
+    /// The virtio features offered, without `VHOST_USER_F_PROTOCOL_FEATURES`, which is the session's.
+    fn features(&self) -> u64;
+
+    /// The number of request queues.
+    fn num_queues(&self) -> u16;
+
+    /// The largest queue size (number of descriptors), a power of two.
+    fn max_queue_size(&self) -> u16;
+
+    /// Reads `len` bytes of the device's configuration space from byte `offset`. An answer that ends
+    /// early is padded with zeros by the session: a VMM may know a longer configuration than we do.
+    fn config(&self, offset: u32, len: u32) -> Result<Vec<u8>, String>;
+
+    /// Writes to the device's configuration space at byte `offset`; refuses whatever a driver may not
+    /// write.
+    fn set_config(&self, offset: u32, data: &[u8]) -> Result<(), String>;
+
+    /// The features that the driver accepted: a subset of [`features`](Device::features).
+    fn set_acked_features(&self, features: u64);
+
+    /// Starts a stopped ring. The first one takes the image (lock, metadata).
+    fn start_ring(&self, index: u16, start: RingStart) -> Result<(), String>;
+
+    /// Drains a running ring, stops it, and returns the index of the next available entry to be fetched.
+    ///
+    /// `progress` is called every few seconds with the number of requests in flight while it waits.
+    /// When it was the last running ring, the image is flushed and its lock released, and the guest's
+    /// memory let go, before this returns. The ring counts as stopped even after an error.
+    fn stop_ring(&self, index: u16, progress: &mut dyn FnMut(u32)) -> Result<u16, String>;
+
+    /// Replaces the guest's memory under the running rings. Called only while a ring runs; the rings lie
+    /// at the same guest addresses in the old and the new memory.
+    fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), String>;
+
+    /// Replaces the kick descriptor of a running ring; `None` means that the ring is polled.
+    fn set_kick(&self, index: u16, kick: Option<File>) -> Result<(), String>;
+
+    /// Replaces the call descriptor of a running ring and signals the new one once, since the guest may
+    /// have missed what the old one said; `None` means that the guest polls.
+    fn set_call(&self, index: u16, call: Option<File>) -> Result<(), String>;
+
+    /// Replaces the error descriptor of a running ring.
+    fn set_err(&self, index: u16, err: Option<File>) -> Result<(), String>;
+
+    /// Enables or disables a running ring. A disabled ring fetches nothing; when it is enabled the ring
+    /// is looked at even if its kick came before.
+    fn set_enabled(&self, index: u16, enabled: bool) -> Result<(), String>;
+
+    /// Stops every ring without answering the guest any more, as after `RESET_DEVICE` or the end of the
+    /// connection. Requests in flight are waited for, since they point into the guest's memory. The
+    /// image is flushed, its lock released and the memory let go before this returns. Does nothing when
+    /// no ring runs.
+    fn reset(&self);
+}
+
+/// Everything a ring starts with.
+#[derive(Debug)]
+pub struct RingStart {
+    /// The guest's memory as it is now.
+    pub memory: Arc<GuestMemory>,
+    /// Size, guest addresses and first available index of the ring.
+    pub config: RingConfig,
+    /// The features that the driver accepted.
+    pub features: u64,
+    /// The descriptor the driver kicks (an eventfd or a pipe); `None` means that the ring is polled.
+    pub kick: Option<File>,
+    /// The descriptor that tells the guest of used buffers; `None` means that the guest polls.
+    pub call: Option<File>,
+    /// The descriptor that tells the VMM of a broken ring.
+    pub err: Option<File>,
+    /// Whether the ring may fetch requests at once (see [`Device::set_enabled`]).
+    pub enabled: bool,
+}

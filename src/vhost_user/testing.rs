@@ -1,0 +1,398 @@
+//! A recording device and a raw front-end, for the tests of this room and of the daemon.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use vhost::vhost_user::message::FrontendReq;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use super::{Connection, ConnectionError, Device, Progress, RingStart};
+use crate::virtio::memory::GuestMemory;
+
+/// Features of the recording device: VERSION_1, EVENT_IDX, INDIRECT_DESC, MQ, FLUSH.
+pub(crate) const FEATURES: u64 = 1 << 32 | 1 << 29 | 1 << 28 | 1 << 12 | 1 << 9;
+pub(crate) const BIT_30: u64 = 1 << 30;
+/// MQ, REPLY_ACK, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS and STATUS.
+pub(crate) const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 13 | 1 << 15 | 1 << 16;
+pub(crate) const NEED_REPLY: u32 = 0x8;
+
+/// A call of the session to its device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Asked {
+    Features(u64),
+    Start(u16, u16),
+    Stop(u16),
+    Memory(usize),
+    Kick(u16, bool),
+    Call(u16, bool),
+    Err(u16, bool),
+    Enabled(u16, bool),
+    SetConfig(u32, Vec<u8>),
+    Reset,
+}
+
+/// A device that keeps a record of what the session asks of it.
+#[derive(Default)]
+pub(crate) struct FakeDevice {
+    calls: Mutex<Vec<Asked>>,
+    starts: Mutex<Vec<RingStart>>,
+    memory: Mutex<Option<Arc<GuestMemory>>>,
+    /// `start_ring` fails with these words.
+    pub(crate) start_error: Mutex<Option<String>>,
+    /// `config` fails with these words.
+    pub(crate) config_error: Mutex<Option<String>>,
+    /// What each `stop_ring` reports as in flight before it returns.
+    pub(crate) in_flight: AtomicU64,
+    /// A running ring has fetched so many requests when it stops.
+    pub(crate) fetched: AtomicU64,
+    /// Held by a test to keep `stop_ring` and `reset` from ending.
+    pub(crate) gate: Mutex<()>,
+}
+
+impl FakeDevice {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(FakeDevice::default())
+    }
+
+    /// What was called since the last time.
+    pub(crate) fn calls(&self) -> Vec<Asked> {
+        std::mem::take(&mut *self.calls.lock().unwrap())
+    }
+
+    /// What the rings were started with since the last time.
+    pub(crate) fn starts(&self) -> Vec<RingStart> {
+        std::mem::take(&mut *self.starts.lock().unwrap())
+    }
+
+    /// The memory that `set_memory` gave last.
+    pub(crate) fn memory(&self) -> Option<Arc<GuestMemory>> {
+        self.memory.lock().unwrap().clone()
+    }
+
+    fn record(&self, call: Asked) {
+        self.calls.lock().unwrap().push(call);
+    }
+}
+
+impl Device for FakeDevice {
+    fn features(&self) -> u64 {
+        FEATURES
+    }
+
+    fn num_queues(&self) -> u16 {
+        4
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        256
+    }
+
+    fn config(&self, offset: u32, len: u32) -> Result<Vec<u8>, String> {
+        if let Some(error) = &*self.config_error.lock().unwrap() {
+            return Err(error.clone());
+        }
+        // A configuration of 60 bytes, each its own offset.
+        let end = (offset + len).min(60);
+        Ok((offset..end).map(|byte| byte as u8).collect())
+    }
+
+    fn set_config(&self, offset: u32, data: &[u8]) -> Result<(), String> {
+        if offset < 32 {
+            return Err(format!("byte {offset} of the configuration is read-only"));
+        }
+        self.record(Asked::SetConfig(offset, data.to_vec()));
+        Ok(())
+    }
+
+    fn set_acked_features(&self, features: u64) {
+        self.record(Asked::Features(features));
+    }
+
+    fn start_ring(&self, index: u16, start: RingStart) -> Result<(), String> {
+        if let Some(error) = &*self.start_error.lock().unwrap() {
+            return Err(error.clone());
+        }
+        self.record(Asked::Start(index, start.config.next_avail));
+        self.starts.lock().unwrap().push(start);
+        Ok(())
+    }
+
+    fn stop_ring(&self, index: u16, progress: &mut dyn FnMut(u32)) -> Result<u16, String> {
+        let _gate = self.gate.lock().unwrap();
+        progress(self.in_flight.load(Ordering::Relaxed) as u32);
+        self.record(Asked::Stop(index));
+        Ok(self.fetched.load(Ordering::Relaxed) as u16)
+    }
+
+    fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), String> {
+        self.record(Asked::Memory(memory.regions().len()));
+        *self.memory.lock().unwrap() = Some(memory);
+        Ok(())
+    }
+
+    fn set_kick(&self, index: u16, kick: Option<File>) -> Result<(), String> {
+        self.record(Asked::Kick(index, kick.is_some()));
+        Ok(())
+    }
+
+    fn set_call(&self, index: u16, call: Option<File>) -> Result<(), String> {
+        self.record(Asked::Call(index, call.is_some()));
+        Ok(())
+    }
+
+    fn set_err(&self, index: u16, err: Option<File>) -> Result<(), String> {
+        self.record(Asked::Err(index, err.is_some()));
+        Ok(())
+    }
+
+    fn set_enabled(&self, index: u16, enabled: bool) -> Result<(), String> {
+        self.record(Asked::Enabled(index, enabled));
+        Ok(())
+    }
+
+    fn reset(&self) {
+        let _gate = self.gate.lock().unwrap();
+        self.record(Asked::Reset);
+        self.starts.lock().unwrap().clear();
+        *self.memory.lock().unwrap() = None;
+    }
+}
+
+/// Where a ring of 256 entries or fewer lies in the test guest: user address = guest address + this.
+pub(crate) const USER_BASE: u64 = 0x7f00_0000_0000;
+/// Guest memory of the tests, in bytes.
+pub(crate) const MEMORY_SIZE: u64 = 1 << 20;
+
+/// A memfd of `size` bytes.
+pub(crate) fn memfd(size: u64) -> File {
+    // SAFETY: the name is a C string, and the descriptor returned is ours alone.
+    let file = unsafe {
+        let fd = libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC);
+        assert!(fd >= 0);
+        File::from_raw_fd(fd)
+    };
+    file.set_len(size).unwrap();
+    file
+}
+
+pub(crate) fn eventfd() -> EventFd {
+    EventFd::new(EFD_NONBLOCK).unwrap()
+}
+
+/// Bytes of several 64-bit numbers.
+pub(crate) fn words(words: &[u64]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
+/// Bytes of a vring state.
+pub(crate) fn state(index: u32, num: u32) -> Vec<u8> {
+    [index.to_ne_bytes(), num.to_ne_bytes()].concat()
+}
+
+/// Bytes of a `SET_VRING_ADDR` for ring `index`, which lies at guest address `index << 16`, moved by
+/// `shift`.
+pub(crate) fn addresses(index: u32, shift: u64) -> Vec<u8> {
+    let desc = USER_BASE + (u64::from(index) << 16) + shift;
+    let mut bytes = state(index, 0);
+    bytes.extend(words(&[desc, desc + 0x4000, desc + 0x2000, 0]));
+    bytes
+}
+
+/// A front-end that sends whatever bytes a test wants.
+pub(crate) struct Client {
+    pub(crate) sock: UnixStream,
+}
+
+impl Client {
+    pub(crate) fn send(&self, request: FrontendReq, flags: u32, payload: &[u8], fds: &[RawFd]) {
+        self.send_raw(
+            request as u32,
+            1 | flags,
+            payload.len() as u32,
+            payload,
+            fds,
+        );
+    }
+
+    pub(crate) fn send_raw(
+        &self,
+        request: u32,
+        flags: u32,
+        size: u32,
+        payload: &[u8],
+        fds: &[RawFd],
+    ) {
+        let mut message = Vec::new();
+        for word in [request, flags, size] {
+            message.extend(word.to_ne_bytes());
+        }
+        message.extend(payload);
+        let sent = self.sock.send_with_fds(&[&message[..]], fds).unwrap();
+        assert_eq!(sent, message.len());
+    }
+
+    pub(crate) fn send_bytes(&mut self, bytes: &[u8]) {
+        self.sock.write_all(bytes).unwrap();
+    }
+
+    /// The next reply: its request and its payload.
+    pub(crate) fn reply(&mut self) -> (u32, Vec<u8>) {
+        let mut header = [0u8; 12];
+        self.sock.read_exact(&mut header).unwrap();
+        let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
+        assert_eq!(word(4), 0x5, "version 1, a reply");
+        let mut payload = vec![0; word(8) as usize];
+        self.sock.read_exact(&mut payload).unwrap();
+        (word(0), payload)
+    }
+
+    pub(crate) fn reply_u64(&mut self, request: FrontendReq) -> u64 {
+        let (code, payload) = self.reply();
+        assert_eq!(code, request as u32);
+        u64::from_ne_bytes(payload.try_into().unwrap())
+    }
+
+    /// Whether nothing waits to be read.
+    pub(crate) fn is_silent(&self) -> bool {
+        let mut poll = libc::pollfd {
+            fd: self.sock.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one valid pollfd, no wait.
+        unsafe { libc::poll(&mut poll, 1, 0) == 0 }
+    }
+}
+
+/// A connection with both its ends in one thread: a message is sent, then handled.
+pub(crate) struct Bench {
+    pub(crate) client: Client,
+    pub(crate) connection: Connection,
+    pub(crate) device: Arc<FakeDevice>,
+}
+
+impl Bench {
+    pub(crate) fn new() -> Self {
+        let device = FakeDevice::new();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let connection = Connection::new(ours, "disk", device.clone()).unwrap();
+        Bench {
+            client: Client { sock: theirs },
+            connection,
+            device,
+        }
+    }
+
+    /// A connection on which bit 30 and every protocol feature are negotiated.
+    pub(crate) fn negotiated() -> Self {
+        let mut bench = Bench::new();
+        bench.negotiate(FEATURES | BIT_30);
+        bench
+    }
+
+    pub(crate) fn negotiate(&mut self, features: u64) {
+        assert_eq!(self.get(FrontendReq::GET_FEATURES), FEATURES | BIT_30);
+        assert_eq!(self.get(FrontendReq::GET_PROTOCOL_FEATURES), PROTOCOL);
+        self.client.send(
+            FrontendReq::SET_PROTOCOL_FEATURES,
+            0,
+            &words(&[PROTOCOL]),
+            &[],
+        );
+        self.client.send(FrontendReq::SET_OWNER, 0, &[], &[]);
+        self.run().unwrap();
+        self.set(FrontendReq::SET_FEATURES, &words(&[features]), &[]);
+        self.device.calls();
+    }
+
+    /// Handles everything that was sent.
+    pub(crate) fn run(&mut self) -> Result<Progress, ConnectionError> {
+        loop {
+            match self.connection.process()? {
+                Progress::More => {}
+                done => return Ok(done),
+            }
+        }
+    }
+
+    /// Sends a request that has a 64-bit answer and returns that.
+    pub(crate) fn get(&mut self, request: FrontendReq) -> u64 {
+        self.client.send(request, 0, &[], &[]);
+        assert_eq!(self.run().unwrap(), Progress::Idle);
+        self.client.reply_u64(request)
+    }
+
+    /// Sends a request with `need_reply`; whether it was accepted.
+    pub(crate) fn try_set(&mut self, request: FrontendReq, payload: &[u8], fds: &[RawFd]) -> bool {
+        self.client.send(request, NEED_REPLY, payload, fds);
+        assert_eq!(self.run().unwrap(), Progress::Idle);
+        let answer = self.client.reply_u64(request);
+        assert!(self.client.is_silent(), "one answer, not two");
+        answer == 0
+    }
+
+    pub(crate) fn set(&mut self, request: FrontendReq, payload: &[u8], fds: &[RawFd]) {
+        assert!(
+            self.try_set(request, payload, fds),
+            "{request:?} was refused"
+        );
+    }
+
+    /// `SET_MEM_TABLE` with one region of [`MEMORY_SIZE`] bytes at guest address 0.
+    pub(crate) fn share_memory(&mut self) {
+        let file = memfd(MEMORY_SIZE);
+        let mut payload = state(1, 0);
+        payload.extend(words(&[0, MEMORY_SIZE, USER_BASE, 0]));
+        self.set(FrontendReq::SET_MEM_TABLE, &payload, &[file.as_raw_fd()]);
+    }
+
+    /// The messages that start ring `index`, in QEMU's order, with 128 entries from `base`; returns its
+    /// kick and call.
+    pub(crate) fn start_ring(&mut self, index: u32, base: u32) -> (EventFd, EventFd) {
+        let (kick, call) = (eventfd(), eventfd());
+        self.set(FrontendReq::SET_VRING_NUM, &state(index, 128), &[]);
+        self.set(FrontendReq::SET_VRING_BASE, &state(index, base), &[]);
+        self.set(FrontendReq::SET_VRING_ADDR, &addresses(index, 0), &[]);
+        let number = words(&[index.into()]);
+        self.set(FrontendReq::SET_VRING_KICK, &number, &[kick.as_raw_fd()]);
+        self.set(FrontendReq::SET_VRING_CALL, &number, &[call.as_raw_fd()]);
+        self.set(FrontendReq::SET_VRING_ENABLE, &state(index, 1), &[]);
+        (kick, call)
+    }
+
+    /// `GET_VRING_BASE` of ring `index`.
+    pub(crate) fn stop_ring(&mut self, index: u32) -> u32 {
+        self.client
+            .send(FrontendReq::GET_VRING_BASE, 0, &state(index, 0), &[]);
+        assert_eq!(self.run().unwrap(), Progress::Idle);
+        let (code, payload) = self.client.reply();
+        assert_eq!(code, FrontendReq::GET_VRING_BASE as u32);
+        assert_eq!(payload[..4], index.to_ne_bytes());
+        u32::from_ne_bytes(payload[4..].try_into().unwrap())
+    }
+}
+
+/// Runs the test `name` of this binary again in a process of its own, with `VIRTIOBLKD_TEST_CHILD` set,
+/// for what parallel tests would disturb.
+pub(crate) fn run_alone(name: &str) -> std::process::Output {
+    std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .env("VIRTIOBLKD_TEST_CHILD", "1")
+        .output()
+        .unwrap()
+}
+
+/// Whether this is the process that [`run_alone`] started.
+pub(crate) fn is_alone() -> bool {
+    std::env::var_os("VIRTIOBLKD_TEST_CHILD").is_some()
+}
+
+/// The open descriptors of this process.
+pub(crate) fn open_fds() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}

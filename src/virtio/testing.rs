@@ -1,0 +1,233 @@
+//! Guest memory and the driver's side of a split ring, for tests.
+
+use std::fs::File;
+use std::os::fd::{FromRawFd, OwnedFd};
+
+use super::memory::{GuestMemory, Region};
+use super::ring::RingConfig;
+
+/// A small deterministic generator (xorshift64*).
+pub(crate) struct Rng(u64);
+
+impl Rng {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// A number below `n`.
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
+        (self.next() >> 11) % n
+    }
+
+    /// True once in `n` times.
+    pub(crate) fn once_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+
+    pub(crate) fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len() as u64) as usize]
+    }
+
+    /// Puts a list into random order.
+    pub(crate) fn shuffle<T>(&mut self, list: &mut [T]) {
+        for i in (1..list.len()).rev() {
+            list.swap(i, self.below(i as u64 + 1) as usize);
+        }
+    }
+}
+
+/// An anonymous file of `size` bytes.
+pub(crate) fn memfd(size: u64) -> File {
+    // SAFETY: the name is a C string, and the descriptor is new and ours.
+    let fd = unsafe {
+        let fd = libc::memfd_create(c"guest-memory".as_ptr(), libc::MFD_CLOEXEC);
+        assert!(fd >= 0, "memfd_create");
+        OwnedFd::from_raw_fd(fd)
+    };
+    let file = File::from(fd);
+    file.set_len(size).unwrap();
+    file
+}
+
+/// VMM addresses in tests are guest addresses plus this.
+pub(crate) const USER_BASE: u64 = 0x7f00_0000_0000;
+
+pub(crate) fn region(guest_addr: u64, len: u64) -> Region {
+    Region::map(memfd(len), 0, guest_addr, USER_BASE + guest_addr, len).unwrap()
+}
+
+/// Memory of the given (guest address, length) regions.
+pub(crate) fn memory(regions: &[(u64, u64)]) -> GuestMemory {
+    GuestMemory::new(regions.iter().map(|(a, l)| region(*a, *l)).collect()).unwrap()
+}
+
+pub(crate) fn write_bytes(mem: &GuestMemory, addr: u64, data: &[u8]) {
+    for (i, byte) in data.iter().enumerate() {
+        let ptr = mem.host_ptr(addr + i as u64, 1).expect("mapped");
+        // SAFETY: one mapped byte.
+        unsafe { ptr.write_volatile(*byte) };
+    }
+}
+
+pub(crate) fn read_bytes(mem: &GuestMemory, addr: u64, len: u64) -> Vec<u8> {
+    (0..len)
+        .map(|i| {
+            let ptr = mem.host_ptr(addr + i, 1).expect("mapped");
+            // SAFETY: one mapped byte.
+            unsafe { ptr.read_volatile() }
+        })
+        .collect()
+}
+
+pub(crate) fn read_u16(mem: &GuestMemory, addr: u64) -> u16 {
+    u16::from_le_bytes(read_bytes(mem, addr, 2).try_into().unwrap())
+}
+
+pub(crate) fn read_u32(mem: &GuestMemory, addr: u64) -> u32 {
+    u32::from_le_bytes(read_bytes(mem, addr, 4).try_into().unwrap())
+}
+
+pub(crate) fn write_u16(mem: &GuestMemory, addr: u64, value: u16) {
+    write_bytes(mem, addr, &value.to_le_bytes());
+}
+
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+pub(crate) const INDIRECT: u16 = 4;
+
+/// A descriptor as the driver writes it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Desc {
+    pub(crate) addr: u64,
+    pub(crate) len: u32,
+    pub(crate) flags: u16,
+    pub(crate) next: u16,
+}
+
+pub(crate) fn desc(addr: u64, len: u32, flags: u16, next: u16) -> Desc {
+    Desc {
+        addr,
+        len,
+        flags,
+        next,
+    }
+}
+
+impl Desc {
+    pub(crate) fn bytes(&self) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&self.addr.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.len.to_le_bytes());
+        bytes[12..14].copy_from_slice(&self.flags.to_le_bytes());
+        bytes[14..].copy_from_slice(&self.next.to_le_bytes());
+        bytes
+    }
+}
+
+/// The driver's side of a split ring laid out at `base`: descriptors, avail ring, used ring, a page
+/// multiple apart.
+pub(crate) struct Driver<'a> {
+    pub(crate) mem: &'a GuestMemory,
+    pub(crate) cfg: RingConfig,
+}
+
+impl<'a> Driver<'a> {
+    /// Indices start at `index`, as after a migration.
+    pub(crate) fn new(mem: &'a GuestMemory, base: u64, size: u16, index: u16) -> Self {
+        let cfg = RingConfig {
+            size,
+            desc_table: base,
+            avail_ring: base + 16 * u64::from(size),
+            used_ring: (base + 18 * u64::from(size) + 6).next_multiple_of(4),
+            event_idx: false,
+            indirect: true,
+            next_avail: index,
+        };
+        write_u16(mem, cfg.avail_ring + 2, index);
+        write_u16(mem, cfg.used_ring + 2, index);
+        Self { mem, cfg }
+    }
+
+    pub(crate) fn with_event_idx(mut self) -> Self {
+        self.cfg.event_idx = true;
+        self
+    }
+
+    pub(crate) fn set_desc(&self, index: u16, desc: Desc) {
+        write_bytes(
+            self.mem,
+            self.cfg.desc_table + 16 * u64::from(index),
+            &desc.bytes(),
+        );
+    }
+
+    /// Writes an indirect table.
+    pub(crate) fn set_table(&self, addr: u64, table: &[Desc]) {
+        for (i, desc) in table.iter().enumerate() {
+            write_bytes(self.mem, addr + 16 * i as u64, &desc.bytes());
+        }
+    }
+
+    pub(crate) fn avail_idx(&self) -> u16 {
+        read_u16(self.mem, self.cfg.avail_ring + 2)
+    }
+
+    pub(crate) fn set_avail_idx(&self, index: u16) {
+        write_u16(self.mem, self.cfg.avail_ring + 2, index);
+    }
+
+    pub(crate) fn set_avail_flags(&self, flags: u16) {
+        write_u16(self.mem, self.cfg.avail_ring, flags);
+    }
+
+    pub(crate) fn set_used_event(&self, index: u16) {
+        let at = self.cfg.avail_ring + 4 + 2 * u64::from(self.cfg.size);
+        write_u16(self.mem, at, index);
+    }
+
+    pub(crate) fn avail_event(&self) -> u16 {
+        let at = self.cfg.used_ring + 4 + 8 * u64::from(self.cfg.size);
+        read_u16(self.mem, at)
+    }
+
+    pub(crate) fn used_flags(&self) -> u16 {
+        read_u16(self.mem, self.cfg.used_ring)
+    }
+
+    pub(crate) fn used_idx(&self) -> u16 {
+        read_u16(self.mem, self.cfg.used_ring + 2)
+    }
+
+    /// The used element that `index` (free running) stands for: id and length.
+    pub(crate) fn used_elem(&self, index: u16) -> (u32, u32) {
+        let at = self.cfg.used_ring + 4 + 8 * u64::from(index % self.cfg.size);
+        (read_u32(self.mem, at), read_u32(self.mem, at + 4))
+    }
+
+    /// Makes a chain available.
+    pub(crate) fn offer(&self, head: u16) {
+        let index = self.avail_idx();
+        let at = self.cfg.avail_ring + 4 + 2 * u64::from(index % self.cfg.size);
+        write_u16(self.mem, at, head);
+        self.set_avail_idx(index.wrapping_add(1));
+    }
+
+    /// Writes a direct chain of (address, length, writable) into the table from `first` on and
+    /// gives its head.
+    pub(crate) fn direct(&self, first: u16, parts: &[(u64, u32, bool)]) -> u16 {
+        for (i, (addr, len, write)) in parts.iter().enumerate() {
+            let index = first + i as u16;
+            let last = i + 1 == parts.len();
+            let flags = if *write { WRITE } else { 0 } | if last { 0 } else { NEXT };
+            self.set_desc(index, desc(*addr, *len, flags, index + 1));
+        }
+        first
+    }
+}
