@@ -1,0 +1,728 @@
+//! Requests of guests that are odd or hostile. Each test is a case that went wrong in a released system.
+
+mod common;
+
+use common::{Raw, Rig, SOON, allocated, dirty_pages, file_bytes, run_chain, status_of};
+use vhost_user_frontend as frontend;
+
+use frontend::blk::{request_type, status};
+use frontend::protocol::feature;
+use frontend::{Buf, Device, DeviceOptions, Error, Op, RegionSpec, Segment, SlotOptions};
+
+const MIB: u64 = 1 << 20;
+
+fn pattern(len: usize, seed: u8) -> Vec<u8> {
+    (0..len)
+        .map(|i| (i as u8).wrapping_mul(13) ^ (i >> 8) as u8 ^ seed)
+        .collect()
+}
+
+// Layout of descriptors.
+
+#[test]
+fn header_split_over_many_descriptors() {
+    let rig = Rig::raw(MIB);
+    let mut device = rig.device();
+    device.write(5, &pattern(512, 1)).unwrap();
+    for cut in [1, 4, 8, 15] {
+        let raw = Raw::new(&device.memory, request_type::IN, 5, 512);
+        let used = run_chain(
+            &mut device,
+            &[
+                Buf::readable(raw.header, cut),
+                Buf::readable(raw.header + u64::from(cut), 16 - cut),
+                Buf::writable(raw.data, 512),
+                raw.status_buf(),
+            ],
+        );
+        assert_eq!((used, raw.status(&device.memory)), (513, status::OK));
+        assert_eq!(device.memory.read_vec(raw.data, 512), pattern(512, 1));
+    }
+    let raw = Raw::new(&device.memory, request_type::IN, 5, 512);
+    let mut bufs: Vec<Buf> = (0..16).map(|i| Buf::readable(raw.header + i, 1)).collect();
+    bufs.extend([Buf::writable(raw.data, 512), raw.status_buf()]);
+    assert_eq!(run_chain(&mut device, &bufs), 513);
+    assert_eq!(raw.status(&device.memory), status::OK);
+}
+
+#[test]
+fn header_and_written_data_in_one_descriptor() {
+    let rig = Rig::raw(MIB);
+    let mut device = rig.device();
+    let memory = &device.memory;
+    let block = memory.alloc(16 + 1024, 4096);
+    memory.write(block, &frontend::blk::header(request_type::OUT, 9));
+    memory.write(block + 16, &pattern(1024, 2));
+    let raw = Raw::new(memory, request_type::OUT, 9, 1);
+    let used = run_chain(
+        &mut device,
+        &[Buf::readable(block, 16 + 1024), raw.status_buf()],
+    );
+    assert_eq!((used, raw.status(&device.memory)), (1, status::OK));
+    assert_eq!(device.read(9, 1024).unwrap(), pattern(1024, 2));
+
+    // And the same with the cut inside the data: header and 100 bytes, then the rest.
+    let used = run_chain(
+        &mut device,
+        &[
+            Buf::readable(block, 116),
+            Buf::readable(block + 116, 924),
+            raw.status_buf(),
+        ],
+    );
+    assert_eq!((used, raw.status(&device.memory)), (1, status::OK));
+}
+
+#[test]
+fn status_shares_a_descriptor_with_read_data() {
+    let rig = Rig::raw(MIB);
+    let mut device = rig.device();
+    device.write(3, &pattern(1024, 3)).unwrap();
+    let raw = Raw::new(&device.memory, request_type::IN, 3, 2048);
+    device.memory.fill(raw.data, 2048, 0xee);
+    let used = run_chain(
+        &mut device,
+        &[raw.header_buf(), Buf::writable(raw.data, 1025)],
+    );
+    assert_eq!(used, 1025);
+    let got = device.memory.read_vec(raw.data, 1026);
+    assert_eq!(got[..1024], pattern(1024, 3));
+    assert_eq!(got[1024], status::OK, "the last byte is the status");
+    assert_eq!(got[1025], 0xee, "nothing is written past the descriptor");
+
+    // The status as the last byte of a second, longer descriptor.
+    let used = run_chain(
+        &mut device,
+        &[
+            raw.header_buf(),
+            Buf::writable(raw.data, 700),
+            Buf::writable(raw.data + 700, 325),
+        ],
+    );
+    assert_eq!(used, 1025);
+    let got = device.memory.read_vec(raw.data, 1025);
+    assert_eq!(
+        (&got[..1024], got[1024]),
+        (&pattern(1024, 3)[..], status::OK)
+    );
+}
+
+#[test]
+fn data_in_descriptors_of_odd_length() {
+    let rig = Rig::raw(MIB);
+    let mut device = rig.device();
+    let raw = Raw::new(&device.memory, request_type::OUT, 7, 4096);
+    device.memory.write(raw.data, &pattern(1536, 4));
+    let mut bufs = vec![raw.header_buf()];
+    let mut at = 0;
+    for len in [1, 510, 2, 511, 3, 509] {
+        bufs.push(Buf::readable(raw.data + u64::from(at), len));
+        at += len;
+    }
+    bufs.push(raw.status_buf());
+    assert_eq!(run_chain(&mut device, &bufs), 1);
+    assert_eq!(raw.status(&device.memory), status::OK);
+    assert_eq!(device.read(7, 1536).unwrap(), pattern(1536, 4));
+}
+
+#[test]
+fn zero_length_descriptors_are_answered_and_change_nothing() {
+    let mut rig = Rig::raw(MIB);
+    let mut device = rig.device();
+    device.write(3, &pattern(512, 5)).unwrap();
+    let raw = Raw::new(&device.memory, request_type::IN, 3, 512);
+    run_chain(
+        &mut device,
+        &[
+            raw.header_buf(),
+            Buf::readable(raw.header, 0),
+            Buf::writable(raw.data, 0),
+            Buf::writable(raw.data, 512),
+            Buf::writable(raw.data, 0),
+            raw.status_buf(),
+        ],
+    );
+    let answer = raw.status(&device.memory);
+    assert_ne!(answer, status::UNTOUCHED);
+    if answer == status::OK {
+        assert_eq!(device.memory.read_vec(raw.data, 512), pattern(512, 5));
+    }
+    device.disconnect();
+    rig.assert_serves_a_new_client();
+}
+
+#[test]
+fn chain_longer_than_the_queue_by_an_indirect_table() {
+    let rig = Rig::raw(4 * MIB);
+    let options = DeviceOptions {
+        queue_size: 128,
+        ..DeviceOptions::default()
+    };
+    let mut device = rig.device_with(options);
+    let count = 513u64;
+    let data = pattern(count as usize * 512, 6);
+    for (sector, chunk) in data.chunks(32 << 10).enumerate() {
+        device.write(sector as u64 * 64, chunk).unwrap();
+    }
+    let raw = Raw::new(&device.memory, request_type::IN, 0, count * 512);
+    let mut bufs = vec![raw.header_buf()];
+    bufs.extend((0..count).map(|i| Buf::writable(raw.data + 512 * i, 512)));
+    bufs.push(raw.status_buf());
+    let table = device.memory.alloc(16 * bufs.len() as u64, 16);
+    let (memory, queue) = device.split(0);
+    queue.ring.add_indirect(memory, table, &bufs, 0).unwrap();
+    queue.ring.publish();
+    let used = queue.ring.wait_used(SOON).unwrap();
+    assert_eq!(raw.status(memory), status::OK);
+    assert_eq!(u64::from(used.len), count * 512 + 1);
+    assert!(memory.read_vec(raw.data, data.len()) == data);
+}
+
+#[test]
+fn more_descriptors_than_iov_max() {
+    let rig = Rig::raw(4 * MIB);
+    let options = DeviceOptions {
+        queue_size: 2048,
+        ..DeviceOptions::default()
+    };
+    // Where queues are shorter than that the chain cannot be built, and there is nothing to see.
+    let mut device = match Device::start(rig.daemon.socket(), options) {
+        Ok(device) => device,
+        Err(Error::Refused { .. } | Error::Closed) => {
+            println!("the backend's queues are shorter than IOV_MAX");
+            return;
+        }
+        Err(e) => panic!("{e}"),
+    };
+    let count = 1500u64;
+    let data = pattern(count as usize * 512, 7);
+    for (write, sector) in [(false, 100), (true, 100)] {
+        let ty = if write {
+            request_type::IN
+        } else {
+            request_type::OUT
+        };
+        let raw = Raw::new(&device.memory, ty, sector, count * 512);
+        if !write {
+            device.memory.write(raw.data, &data);
+        }
+        let mut bufs = vec![raw.header_buf()];
+        bufs.extend((0..count).map(|i| Buf {
+            addr: raw.data + 512 * i,
+            len: 512,
+            write,
+        }));
+        bufs.push(raw.status_buf());
+        run_chain(&mut device, &bufs);
+        assert_eq!(raw.status(&device.memory), status::OK);
+        assert!(device.memory.read_vec(raw.data, data.len()) == data);
+    }
+}
+
+#[test]
+fn buffers_at_any_address_and_of_any_sector_count() {
+    let rig = Rig::raw(4 * MIB);
+    for (i, misalign) in [1, 3, 512, 4095].into_iter().enumerate() {
+        let options = DeviceOptions {
+            slots: SlotOptions {
+                misalign,
+                segment_len: 1000,
+                ..SlotOptions::default()
+            },
+            ..DeviceOptions::default()
+        };
+        let mut device = rig.device_with(options);
+        for sectors in [1usize, 7, 8, 9, 63] {
+            let data = pattern(sectors * 512, i as u8);
+            device.write(11, &data).unwrap();
+            assert!(device.read(11, data.len() as u32).unwrap() == data);
+            assert!(file_bytes(&rig.image(), 11 * 512, data.len()) == data);
+        }
+        device.shut_down().unwrap();
+    }
+}
+
+// GET_ID.
+
+#[test]
+fn get_id_is_padded_with_nul_and_may_fill_twenty_bytes() {
+    for (serial, want) in [
+        ("disk-7", b"disk-7\0\0\0\0\0\0\0\0\0\0\0\0\0\0"),
+        ("exactly-twenty-bytes", b"exactly-twenty-bytes"),
+    ] {
+        let rig = Rig::with("raw", MIB, |d| d.serial(serial));
+        let (done, id) = rig.device().run(Op::GetId).unwrap();
+        assert_eq!((done.status, done.used_len), (status::OK, 21));
+        assert_eq!(id, want);
+    }
+}
+
+#[test]
+fn get_id_with_more_or_fewer_than_twenty_bytes() {
+    let rig = Rig::with("raw", MIB, |d| d.serial("abcdefghijklmnop"));
+    let mut device = rig.device();
+    for in_len in [1u32, 5, 19, 21, 64, 512] {
+        let op = Op::Raw {
+            request_type: request_type::GET_ID,
+            sector: 0,
+            out: &[],
+            in_len,
+        };
+        let (done, id) = device.run(op).unwrap();
+        assert_ne!(done.status, status::UNTOUCHED);
+        if done.status == status::OK {
+            let n = id.len().min(16);
+            assert_eq!(id[..n], b"abcdefghijklmnop"[..n]);
+            assert!(done.used_len <= in_len + 1);
+        }
+    }
+}
+
+#[test]
+fn get_id_without_a_data_descriptor() {
+    let mut rig = Rig::raw(MIB);
+    let mut device = rig.device();
+    let op = Op::Raw {
+        request_type: request_type::GET_ID,
+        sector: 0,
+        out: &[],
+        in_len: 0,
+    };
+    let (done, _) = device.run(op).unwrap();
+    assert_ne!(done.status, status::UNTOUCHED);
+    assert_eq!(done.used_len, 1);
+    device.disconnect();
+    rig.assert_serves_a_new_client();
+}
+
+// Sums and limits.
+
+#[test]
+fn length_of_a_chain_is_summed_beyond_four_gib() {
+    let rig = Rig::raw(64 * MIB);
+    let options = DeviceOptions {
+        queue_size: 512,
+        memory: vec![RegionSpec::new(0, 64 * MIB)],
+        ..DeviceOptions::default()
+    };
+    let mut device = rig.device_with(options);
+    for (ty, write) in [(request_type::IN, true), (request_type::OUT, false)] {
+        let raw = Raw::new(&device.memory, ty, 0, 512);
+        // 256 times 16 MiB, and a sector: 512 in 32 bits.
+        let mut bufs = vec![raw.header_buf()];
+        bufs.extend((0..256).map(|_| Buf {
+            addr: 0x100_0000,
+            len: 16 << 20,
+            write,
+        }));
+        bufs.push(Buf {
+            addr: raw.data,
+            len: 512,
+            write,
+        });
+        bufs.push(raw.status_buf());
+        run_chain(&mut device, &bufs);
+        assert_ne!(raw.status(&device.memory), status::OK);
+        assert_ne!(raw.status(&device.memory), status::UNTOUCHED);
+    }
+}
+
+#[test]
+fn sectors_of_a_segment_times_512_do_not_wrap() {
+    let rig = Rig::raw(16 * MIB);
+    let mut device = rig.device();
+    device.write(0, &[0x77; 4096]).unwrap();
+    for num_sectors in [0x80_0000, 0x80_0001, 0x80_0008, u32::MAX] {
+        let segments = [Segment::new(0, num_sectors)];
+        for op in [Op::WriteZeroes(&segments), Op::Discard(&segments)] {
+            let answer = status_of(&mut device, op);
+            assert!(
+                answer == status::IOERR || answer == status::UNSUPP,
+                "{answer}"
+            );
+        }
+        assert_eq!(device.read(0, 4096).unwrap(), [0x77; 4096]);
+    }
+}
+
+#[test]
+fn nothing_reaches_past_the_end_of_the_disk() {
+    let mut rig = Rig::raw(MIB);
+    let mut device = rig.device();
+    let end = MIB / 512;
+    device.write(end - 1, &[0x42; 512]).unwrap();
+    let places = [
+        (end, 1),
+        (end - 1, 2),
+        (end + 1, 1),
+        (u64::MAX, 1),
+        (u64::MAX - 1, 4),
+        (u64::MAX / 512, 1),
+        (u64::MAX / 512 + 1, 1),
+        (1 << 55, 8),
+    ];
+    for (sector, sectors) in places {
+        let data = vec![0xdd; sectors as usize * 512];
+        let segment = [Segment::new(sector, sectors)];
+        let unmap = [Segment::new(sector, sectors).unmap()];
+        let ops = [
+            Op::Read {
+                sector,
+                len: sectors * 512,
+            },
+            Op::Write {
+                sector,
+                data: &data,
+            },
+            Op::Discard(&segment),
+            Op::WriteZeroes(&segment),
+            Op::WriteZeroes(&unmap),
+        ];
+        for op in ops {
+            let answer = status_of(&mut device, op);
+            assert_eq!(answer, status::IOERR, "sector {sector}, {op:?}");
+        }
+    }
+    assert_eq!(device.read(end - 1, 512).unwrap(), [0x42; 512]);
+    assert_eq!(std::fs::metadata(rig.image()).unwrap().len(), MIB);
+    device.disconnect();
+    rig.assert_serves_a_new_client();
+}
+
+#[test]
+fn a_read_of_no_multiple_of_a_sector_is_refused() {
+    let rig = Rig::raw(MIB);
+    let mut device = rig.device();
+    let raw = Raw::new(&device.memory, request_type::IN, 0, 512);
+    let bufs = [
+        raw.header_buf(),
+        Buf::writable(raw.data, 300),
+        raw.status_buf(),
+    ];
+    run_chain(&mut device, &bufs);
+    assert_eq!(raw.status(&device.memory), status::IOERR);
+}
+
+#[test]
+fn limits_of_the_configuration_space_are_enforced() {
+    let rig = Rig::raw(256 * MIB);
+    let mut device = rig.device();
+    let config = device.config();
+    let sets = [
+        (config.max_discard_seg, config.max_discard_sectors, false),
+        (
+            config.max_write_zeroes_seg,
+            config.max_write_zeroes_sectors,
+            true,
+        ),
+    ];
+    for (max_seg, max_sectors, zeroes) in sets {
+        assert!(max_seg >= 1 && max_sectors >= 1);
+        let op = |segments: &[Segment], device: &mut Device| {
+            let op = if zeroes {
+                Op::WriteZeroes(segments)
+            } else {
+                Op::Discard(segments)
+            };
+            status_of(device, op)
+        };
+        if u64::from(max_sectors) < 256 * MIB / 512 {
+            let too_long = [Segment::new(0, max_sectors + 1)];
+            assert_ne!(op(&too_long, &mut device), status::OK);
+        }
+        if max_seg < 2048 {
+            let many: Vec<_> = (0..u64::from(max_seg))
+                .map(|i| Segment::new(8 * i, 8))
+                .collect();
+            assert_eq!(
+                op(&many, &mut device),
+                status::OK,
+                "the limit itself is allowed"
+            );
+            let too_many: Vec<_> = (0..=u64::from(max_seg))
+                .map(|i| Segment::new(8 * i, 8))
+                .collect();
+            assert_ne!(op(&too_many, &mut device), status::OK);
+        }
+    }
+}
+
+#[test]
+fn segments_cut_short_or_absent_are_refused() {
+    let mut rig = Rig::raw(MIB);
+    let mut device = rig.device();
+    let segment = Segment::new(0, 8).to_bytes();
+    for request_type in [request_type::DISCARD, request_type::WRITE_ZEROES] {
+        for len in [0, 1, 8, 15] {
+            let op = Op::Raw {
+                request_type,
+                sector: 0,
+                out: &segment[..len],
+                in_len: 0,
+            };
+            let answer = status_of(&mut device, op);
+            assert!(
+                answer == status::IOERR || answer == status::UNSUPP,
+                "{len}: {answer}"
+            );
+        }
+    }
+    device.disconnect();
+    rig.assert_serves_a_new_client();
+}
+
+// Types and flags.
+
+#[test]
+fn read_only_refuses_every_mutating_request_whatever_was_acked() {
+    let dir = frontend::TempDir::new();
+    let image = dir.join("disk");
+    std::fs::write(&image, pattern(MIB as usize, 8)).unwrap();
+    let rig = Rig::start(dir, frontend::Disk::new(&image, "raw").read_only());
+    for features in [
+        feature::LINUX,
+        feature::LINUX & !feature::BLK_RO,
+        feature::VERSION_1,
+    ] {
+        let mut device = rig.device_with(DeviceOptions {
+            features,
+            ..DeviceOptions::default()
+        });
+        assert_ne!(device.offered() & feature::BLK_RO, 0);
+        let plain = [Segment::new(0, 8)];
+        let unmap = [Segment::new(0, 8).unmap()];
+        for op in [
+            Op::Write {
+                sector: 0,
+                data: &[1; 512],
+            },
+            Op::Discard(&plain),
+            Op::WriteZeroes(&plain),
+            Op::WriteZeroes(&unmap),
+        ] {
+            let answer = status_of(&mut device, op);
+            assert!(
+                answer == status::IOERR || answer == status::UNSUPP,
+                "{op:?}: {answer}"
+            );
+        }
+        assert_eq!(device.read(0, 4096).unwrap(), pattern(4096, 8));
+        device.shut_down().unwrap();
+    }
+    assert!(std::fs::read(&image).unwrap() == pattern(MIB as usize, 8));
+}
+
+#[test]
+fn flush_makes_written_data_durable() {
+    let rig = Rig::with("raw", 16 * MIB, |d| d.args(["--cache", "writeback"]));
+    if dirty_pages(&rig.image()).is_none() {
+        println!("skipped: this kernel has no cachestat(2)");
+        return;
+    }
+    let mut device = rig.device();
+    for i in 0..64 {
+        device.write(128 * i, &[0x99; 65536]).unwrap();
+    }
+    device.flush().unwrap();
+    assert_eq!(dirty_pages(&rig.image()), Some(0));
+}
+
+#[test]
+fn flush_makes_the_mappings_of_qcow2_survive_a_kill() {
+    let mut rig = Rig::with("qcow2", 64 * MIB, |d| d);
+    let mut device = rig.device();
+    let data = pattern(65536, 9);
+    for i in 0..20 {
+        device.write(i * 4096, &data).unwrap();
+    }
+    device.flush().unwrap();
+    rig.daemon.kill();
+    device.disconnect();
+    frontend::qemu::check_no_corruption(&rig.image());
+    let raw = rig.dir.join("raw");
+    let image = rig.image();
+    frontend::qemu::img_ok([
+        "convert".as_ref(),
+        "-O".as_ref(),
+        "raw".as_ref(),
+        image.as_os_str(),
+        raw.as_os_str(),
+    ]);
+    for i in 0..20 {
+        assert!(
+            file_bytes(&raw, i * 4096 * 512, 65536) == data,
+            "write {i} is lost"
+        );
+    }
+}
+
+#[test]
+fn flush_with_a_sector_or_a_data_descriptor_is_a_flush() {
+    let rig = Rig::raw(MIB);
+    let mut device = rig.device();
+    let (done, _) = device.run(Op::Flush).unwrap();
+    assert_eq!((done.status, done.used_len), (status::OK, 1));
+    for sector in [1, MIB / 512 - 1, MIB / 512, u64::MAX] {
+        let op = Op::Raw {
+            request_type: request_type::FLUSH,
+            sector,
+            out: &[],
+            in_len: 0,
+        };
+        assert_eq!(status_of(&mut device, op), status::OK, "sector {sector}");
+    }
+}
+
+#[test]
+fn unknown_flags_and_unmap_on_discard_are_unsupported() {
+    let rig = Rig::raw(MIB);
+    let mut device = rig.device();
+    device.write(0, &[0x31; 4096]).unwrap();
+    for flags in [2, 3, 0x8000_0000, 0xffff_fffe] {
+        let segments = [Segment::new(0, 8).with_flags(flags)];
+        assert_eq!(
+            status_of(&mut device, Op::Discard(&segments)),
+            status::UNSUPP
+        );
+        assert_eq!(
+            status_of(&mut device, Op::WriteZeroes(&segments)),
+            status::UNSUPP
+        );
+    }
+    let segments = [Segment::new(0, 8).unmap()];
+    assert_eq!(
+        status_of(&mut device, Op::Discard(&segments)),
+        status::UNSUPP
+    );
+    assert_eq!(device.read(0, 4096).unwrap(), [0x31; 4096]);
+}
+
+#[test]
+fn several_segments_in_one_request() {
+    let rig = Rig::with("qcow2", 16 * MIB, |d| d);
+    let mut device = rig.device();
+    let config = device.config();
+    device.write(0, &[0xc3; 65536]).unwrap();
+    if config.max_write_zeroes_seg >= 3 {
+        let three = [
+            Segment::new(2, 3),
+            Segment::new(64, 8).unmap(),
+            Segment::new(20, 1),
+        ];
+        let (done, _) = device.run(Op::WriteZeroes(&three)).unwrap();
+        assert_eq!((done.status, done.used_len), (status::OK, 1));
+        let data = device.read(0, 65536).unwrap();
+        for (i, sector) in data.chunks(512).enumerate() {
+            let zero = (2..5).contains(&i) || (64..72).contains(&i) || i == 20;
+            assert!(
+                sector.iter().all(|b| *b == if zero { 0 } else { 0xc3 }),
+                "sector {i}"
+            );
+        }
+    }
+    if config.max_discard_seg >= 2 {
+        let two = [Segment::new(0, 8), Segment::new(100, 8)];
+        assert_eq!(status_of(&mut device, Op::Discard(&two)), status::OK);
+        let data = device.read(0, 65536).unwrap();
+        assert!(
+            data[9 * 512..20 * 512].iter().all(|b| *b == 0xc3),
+            "only the ranges change"
+        );
+    }
+    assert!(
+        config.max_write_zeroes_seg >= 3 && config.max_discard_seg >= 2,
+        "several segments are to be offered: {config:?}"
+    );
+    device.shut_down().unwrap();
+}
+
+#[test]
+fn one_bad_segment_among_good_ones_is_an_error() {
+    let rig = Rig::raw(MIB);
+    let mut device = rig.device();
+    if device.config().max_write_zeroes_seg < 2 {
+        panic!("several segments are to be offered");
+    }
+    let bad = [Segment::new(0, 8), Segment::new(MIB / 512 - 4, 8)];
+    assert_eq!(status_of(&mut device, Op::WriteZeroes(&bad)), status::IOERR);
+    assert_eq!(status_of(&mut device, Op::Discard(&bad)), status::IOERR);
+}
+
+#[test]
+fn unmap_of_write_zeroes_frees_the_space_and_reads_zero() {
+    let rig = Rig::raw(16 * MIB);
+    let mut device = rig.device();
+    for i in 0..32 {
+        device.write(128 * i, &[0xab; 65536]).unwrap();
+    }
+    device.flush().unwrap();
+    let before = allocated(&rig.image());
+    assert!(before >= 2 * MIB);
+    let all = [Segment::new(0, 32 * 128).unmap()];
+    assert_eq!(status_of(&mut device, Op::WriteZeroes(&all)), status::OK);
+    device.flush().unwrap();
+    assert_eq!(device.read(0, 65536).unwrap(), [0; 65536]);
+    let after = allocated(&rig.image());
+    assert!(after + MIB < before, "{before} bytes before, {after} after");
+}
+
+#[test]
+fn write_zeroes_without_unmap_reads_zero() {
+    let rig = Rig::raw(16 * MIB);
+    let mut device = rig.device();
+    device.write(0, &[0xab; 65536]).unwrap();
+    let part = [Segment::new(3, 77)];
+    assert_eq!(status_of(&mut device, Op::WriteZeroes(&part)), status::OK);
+    let data = device.read(0, 65536).unwrap();
+    assert!(data[..3 * 512].iter().all(|b| *b == 0xab));
+    assert!(data[3 * 512..80 * 512].iter().all(|b| *b == 0));
+    assert!(data[80 * 512..].iter().all(|b| *b == 0xab));
+}
+
+#[test]
+fn unknown_request_types_are_unsupported() {
+    let rig = Rig::raw(MIB);
+    let mut device = rig.device();
+    let types = [2, 3, 6, 7, 9, 12, 15, 16, 17, 99, 0x7fff_ffff];
+    for request_type in types {
+        for (out, in_len) in [(&[][..], 0), (&[0u8; 512][..], 0), (&[][..], 512)] {
+            let op = Op::Raw {
+                request_type,
+                sector: 0,
+                out,
+                in_len,
+            };
+            let (done, _) = device.run(op).unwrap();
+            assert_eq!(done.status, status::UNSUPP, "type {request_type}");
+            assert!(done.used_len <= in_len + 1);
+        }
+    }
+}
+
+#[test]
+fn used_length_is_what_was_written_status_included() {
+    let rig = Rig::raw(MIB);
+    let mut device = rig.device();
+    let segment = [Segment::new(0, 1)];
+    let len = |device: &mut Device, op: Op<'_>| {
+        let (done, _) = device.run(op).unwrap();
+        assert_eq!(done.status, status::OK, "{op:?}");
+        done.used_len
+    };
+    for sectors in [1, 8, 100] {
+        let read = Op::Read {
+            sector: 0,
+            len: 512 * sectors,
+        };
+        assert_eq!(len(&mut device, read), 512 * sectors + 1);
+    }
+    let write = Op::Write {
+        sector: 0,
+        data: &[1; 4096],
+    };
+    assert_eq!(len(&mut device, write), 1);
+    assert_eq!(len(&mut device, Op::Flush), 1);
+    assert_eq!(len(&mut device, Op::GetId), 21);
+    assert_eq!(len(&mut device, Op::Discard(&segment)), 1);
+    assert_eq!(len(&mut device, Op::WriteZeroes(&segment)), 1);
+}
