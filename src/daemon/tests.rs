@@ -394,3 +394,36 @@ fn failed_start_leaves_nothing_behind() {
     assert!(error.to_string().contains("missing/disk.sock"), "{error}");
     assert_eq!(fs::read_dir(place._dir.path()).unwrap().count(), 0);
 }
+
+#[test]
+fn libblkio_connects_starts_and_leaves_several_times() {
+    if !alone("daemon::tests::libblkio_connects_starts_and_leaves_several_times") {
+        return;
+    }
+    let place = place();
+    let device = FakeDevice::new();
+    let (stopper, thread) = run(vec![endpoint(&place.socket, &device)], &Options::default());
+    for _ in 0..3 {
+        let mut blkio = blkio::Blkio::new("virtio-blk-vhost-user").unwrap();
+        blkio
+            .set_str("path", place.socket.to_str().unwrap())
+            .unwrap();
+        blkio.connect().unwrap();
+        blkio.set_i32("num-queues", 2).unwrap();
+        blkio.start().unwrap();
+        let region = blkio.alloc_mem_region(12345).unwrap();
+        blkio.map_mem_region(&region).unwrap();
+        // Two rings run, and the region has been added under them.
+        let calls = device.calls();
+        let started = |index| calls.contains(&Asked::Start(index, 0));
+        assert!(started(0) && started(1), "{calls:?}");
+        assert_eq!(calls.last(), Some(&Asked::Memory(2)));
+        for start in device.starts() {
+            assert!(start.kick.is_some());
+        }
+        blkio.unmap_mem_region(&region);
+        drop(blkio);
+    }
+    stopper.stop();
+    thread.join().unwrap();
+}

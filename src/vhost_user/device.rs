@@ -65,6 +65,7 @@ pub trait Device: Send + Sync {
     /// Stops every ring without answering the guest any more, as after `RESET_DEVICE` or the end of the
     /// connection. Requests in flight are waited for, since they point into the guest's memory. The
     /// image is flushed, its lock released and the memory let go before this returns. Does nothing when
-    /// no ring runs.
+    /// no ring runs: QEMU also resets on every pause of the machine, so what the driver set (the write
+    /// cache) has to stay.
     fn reset(&self);
 }

@@ -314,7 +314,10 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        info!("{}: device reset", self.name);
+        let running = self.rings.iter().filter(|ring| ring.is_running()).count();
+        if running != 0 {
+            info!("{}: device reset with {running} rings running", self.name);
+        }
         self.device.reset();
         for ring in &mut self.rings {
             ring.reset();
