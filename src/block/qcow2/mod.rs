@@ -8,14 +8,24 @@
 //! | `slice`, `tables` | the L1 table and the cache of L2 slices: lock-free to look at |
 //! | `map`, `compressed` | reading: from the guest's offset to where its bytes are |
 //! | `claim`, `write`, `discard` | changing: one claimed run of clusters after another |
+//! | `alloc`, `refill`, `arena`, `limbo` | host clusters: handed out, made ready, freed |
+//! | `reftable`, `refcount` | the refcount table, its blocks and their entries |
 //! | `flush` | from memory to the file, in the order that survives a power loss |
 
+#[allow(dead_code)] // Writing uses it.
+mod alloc;
+mod arena;
 mod below;
 mod compressed;
 mod entry;
 pub mod header;
+mod limbo;
 mod map;
 mod open;
+mod refcount;
+mod refill;
+mod reftable;
+mod runs;
 #[allow(dead_code)] // Writing uses the rest.
 mod slice;
 #[allow(dead_code)] // Writing uses the rest.
@@ -27,9 +37,11 @@ mod tests;
 
 use std::sync::Arc;
 
+pub use alloc::{Allocator, Fresh};
 pub use below::Below;
 pub use entry::Compressed;
 pub use header::{BackingName, Header};
+pub use limbo::Mark;
 pub use map::Extent;
 pub use open::Options;
 pub use units::{Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset};
