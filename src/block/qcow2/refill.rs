@@ -29,13 +29,18 @@ const UNBOUNDED: Budget = Budget {
 /// Clusters that are being made ready.
 struct Claim<'a> {
     orphans: &'a Mutex<Vec<Run>>,
+    /// Marked with refcount 1 in memory.
     runs: Vec<Run>,
+    /// Free, and to be marked next.
+    found: Vec<Run>,
 }
 
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
-        if !self.runs.is_empty() {
-            lock(self.orphans).append(&mut self.runs);
+        if self.runs.len() + self.found.len() > 0 {
+            let mut orphans = lock(self.orphans);
+            orphans.append(&mut self.runs);
+            orphans.append(&mut self.found);
         }
     }
 }
@@ -50,6 +55,7 @@ impl Allocator {
         Claim {
             orphans: &self.orphans,
             runs: Vec::new(),
+            found: Vec::new(),
         }
     }
 
@@ -104,33 +110,29 @@ impl Allocator {
 
     /// Finds and claims clusters: freed ones, those that the scan comes by, and the rest at the end.
     async fn find(&self, io: &Io, slow: &mut Slow, size: u64, claim: &mut Claim<'_>) -> Result<()> {
+        let storage = &*self.storage;
         let mut wanted = size;
-        let mut found = Vec::new();
-        while wanted > 0 && found.len() < MAX_RUNS {
+        while wanted > 0 && claim.found.len() < MAX_RUNS {
             let Some(hint) = slow.free.take((size / 16).max(1), wanted) else {
                 break;
             };
-            // Those that are still free.
+            // A hint that is lost on the way is found again by the scan.
+            let cursor = slow.cursor;
+            slow.cursor = cursor.min(hint.first);
             let (mut at, mut budget) = (hint.first, UNBOUNDED);
             while at < hint.end() {
-                let left = hint.end() - at;
-                let scanned = slow
-                    .counts
-                    .scan(io, &self.storage, at, hint.end(), left, &mut budget)
-                    .await;
-                let (run, next) = scanned.inspect_err(|_| {
-                    // The rest is found again by the scan.
-                    slow.cursor = slow.cursor.min(hint.first);
-                    slow.maybe_free = true;
-                })?;
+                let (end, max) = (hint.end(), hint.end() - at);
+                let scan = slow.counts.scan(io, storage, at, end, max, &mut budget);
+                let (run, next) = scan.await?;
                 if let Some(run) = run {
                     wanted = wanted.saturating_sub(run.count);
-                    found.push(run);
+                    claim.found.push(run);
                 }
                 at = next;
             }
+            slow.cursor = cursor;
         }
-        self.take(io, slow, &mut found, claim).await?;
+        self.take(io, slow, claim).await?;
 
         let last_resort = size == 1 && wanted > 0 && slow.maybe_free;
         let mut budget = if last_resort {
@@ -140,70 +142,59 @@ impl Allocator {
             SCAN
         };
         let end = slow.frontier.min(slow.counts.covered());
-        while wanted > 0 && found.len() < MAX_RUNS && slow.cursor < end {
-            let (run, next) = slow
+        while wanted > 0 && claim.found.len() < MAX_RUNS && slow.cursor < end {
+            let scan = slow
                 .counts
-                .scan(io, &self.storage, slow.cursor, end, wanted, &mut budget)
-                .await?;
+                .scan(io, storage, slow.cursor, end, wanted, &mut budget);
+            let (run, next) = scan.await?;
             slow.cursor = next;
             let Some(run) = run else {
                 break;
             };
             wanted = wanted.saturating_sub(run.count);
-            found.push(run);
+            claim.found.push(run);
         }
-        if last_resort && found.is_empty() {
+        if last_resort && claim.found.is_empty() {
             slow.maybe_free = false;
         }
-        self.take(io, slow, &mut found, claim).await?;
+        self.take(io, slow, claim).await?;
 
         // New refcount blocks take clusters, too: then there are fewer than asked for, but not none.
         while wanted > 0 || claim.runs.is_empty() {
             if slow.frontier >= slow.counts.covered() {
                 // Whatever was found on the way here is claimed before the table moves.
-                self.take(io, slow, &mut found, claim).await?;
+                self.take(io, slow, claim).await?;
                 self.grow_table(io, slow).await?;
                 continue;
             }
             let (from, to) = (slow.frontier, slow.counts.covered());
-            let (run, next) = slow
-                .counts
-                .scan(io, &self.storage, from, to, wanted.max(2), &mut {
-                    UNBOUNDED
-                })
-                .await?;
+            let mut budget = UNBOUNDED;
+            let index = (from >> slow.counts.block_bits()) as usize;
+            let max = wanted.max(1) + u64::from(!slow.counts.has_block(index));
+            let scan = slow.counts.scan(io, storage, from, to, max, &mut budget);
+            let (run, next) = scan.await?;
             if next > MAX_HOST_OFFSET >> self.cluster_bits {
                 return Err(self.no_space());
             }
             slow.frontier = next;
             if let Some(run) = run {
                 wanted = wanted.saturating_sub(run.count);
-                found.push(run);
+                claim.found.push(run);
             }
             if wanted == 0 {
-                self.take(io, slow, &mut found, claim).await?;
+                self.take(io, slow, claim).await?;
             }
         }
         Ok(())
     }
 
-    /// Claims free runs, none of which crosses the border of a refcount block: makes the blocks that
-    /// they lack out of their first clusters, and sets the refcounts of the rest (in memory).
-    async fn take(
-        &self,
-        io: &Io,
-        slow: &mut Slow,
-        found: &mut Vec<Run>,
-        claim: &mut Claim<'_>,
-    ) -> Result<()> {
-        if found.is_empty() {
-            return Ok(());
-        }
-        let before = claim.runs.len();
-        claim.runs.append(found);
+    /// Claims the runs that were found, none of which crosses the border of a refcount block: makes
+    /// the blocks that they lack out of their first clusters, and sets the refcounts of the rest (in
+    /// memory).
+    async fn take(&self, io: &Io, slow: &mut Slow, claim: &mut Claim<'_>) -> Result<()> {
         let mut blocks: Vec<(usize, u64)> = Vec::new();
-        let mut rest = Vec::with_capacity(claim.runs.len());
-        for run in &claim.runs[before..] {
+        let mut rest = Vec::with_capacity(claim.found.len());
+        for run in &claim.found {
             if let Some((cluster, what)) = lock(&self.reserved).clash(*run) {
                 let what = format!("the {what} is in a cluster with refcount 0");
                 return Err(self.corrupt(cluster, what));
@@ -219,19 +210,18 @@ impl Allocator {
             }
         }
         if !blocks.is_empty() {
-            slow.counts
-                .create_blocks(io, &self.storage, &blocks)
-                .await?;
-            claim.runs.truncate(before);
-            claim.runs.extend_from_slice(&rest);
+            let create = slow.counts.create_blocks(io, &self.storage, &blocks);
+            create.await?;
+            claim.found = rest;
             for (_, cluster) in blocks {
                 self.reserve_own(Run::new(cluster, 1), "refcount block")?;
             }
         }
-        for run in rest {
-            slow.counts
-                .update(io, &self.storage, run, |_, count| count.max(1))
-                .await?;
+        while let Some(&run) = claim.found.last() {
+            let mark = |_, count: u64| count.max(1);
+            slow.counts.update(io, &self.storage, run, mark).await?;
+            claim.found.pop();
+            claim.runs.push(run);
         }
         Ok(())
     }

@@ -196,11 +196,13 @@ impl Refcounts {
         }
         self.clock += 1;
         let now = self.clock;
-        let block = self.blocks.get_mut(&index);
-        Ok(block.map(|block| {
-            block.used = now;
-            block
-        }))
+        match self.blocks.get_mut(&index) {
+            Some(block) => {
+                block.used = now;
+                Ok(Some(block))
+            }
+            None => Ok(None),
+        }
     }
 
     fn insert(&mut self, index: usize, data: Box<[u8]>) {

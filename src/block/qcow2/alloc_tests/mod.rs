@@ -12,6 +12,10 @@ use crate::block::sim::{Kind, Sim, SimStorage, random};
 use crate::reactor::{Epochs, Io, IoConfig};
 
 mod basics;
+mod crash;
+mod faults;
+mod limbo;
+mod threads;
 
 fn reactor() -> Io {
     reactor_of(&Epochs::new(), 0)
@@ -52,7 +56,13 @@ struct Judged {
 }
 
 fn judge(image: &[u8]) -> Judged {
-    let file = tempfile::NamedTempFile::new().expect("file");
+    // In memory where possible: there are thousands of them.
+    let memory = std::path::Path::new("/dev/shm");
+    let file = match memory.is_dir() {
+        true => tempfile::NamedTempFile::new_in(memory),
+        false => tempfile::NamedTempFile::new(),
+    }
+    .expect("file");
     std::fs::write(file.path(), image).expect("write");
     judge_file(file.path())
 }
