@@ -9,6 +9,8 @@ use crate::block::error::{ErrorKind, Result};
 use crate::block::sim::{Sim, SimStorage, random};
 use crate::reactor::{Epochs, Io, IoConfig, Sg};
 
+mod crash;
+mod history;
 mod judge;
 mod read;
 mod write;
