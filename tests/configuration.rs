@@ -6,7 +6,7 @@ use common::{Rig, dirty_pages};
 use vhost_user_frontend as frontend;
 
 use frontend::blk::{CONFIG_WRITEBACK, Config};
-use frontend::client::config_payload;
+use frontend::message::config_payload;
 use frontend::protocol::{feature, flag, request};
 use frontend::{Daemon, Device, DeviceOptions, Disk, TempDir, qemu};
 
