@@ -2,12 +2,11 @@
 
 mod common;
 
-use common::{Raw, Rig, SOON, allocated, dirty_pages, file_bytes, run_chain, status_of};
+use common::{Raw, Rig, file_bytes, run_chain, run_indirect, status_of};
 use vhost_user_frontend as frontend;
 
 use frontend::blk::{request_type, status};
-use frontend::protocol::feature;
-use frontend::{Buf, Device, DeviceOptions, Error, Op, RegionSpec, Segment, SlotOptions};
+use frontend::{Buf, Device, DeviceOptions, Op, RegionSpec, Segment, SlotOptions};
 
 const MIB: u64 = 1 << 20;
 
@@ -168,32 +167,16 @@ fn chain_longer_than_the_queue_by_an_indirect_table() {
     let mut bufs = vec![raw.header_buf()];
     bufs.extend((0..count).map(|i| Buf::writable(raw.data + 512 * i, 512)));
     bufs.push(raw.status_buf());
-    let table = device.memory.alloc(16 * bufs.len() as u64, 16);
-    let (memory, queue) = device.split(0);
-    queue.ring.add_indirect(memory, table, &bufs, 0).unwrap();
-    queue.ring.publish();
-    let used = queue.ring.wait_used(SOON).unwrap();
-    assert_eq!(raw.status(memory), status::OK);
-    assert_eq!(u64::from(used.len), count * 512 + 1);
-    assert!(memory.read_vec(raw.data, data.len()) == data);
+    let used = run_indirect(&mut device, &bufs);
+    assert_eq!(raw.status(&device.memory), status::OK);
+    assert_eq!(u64::from(used), count * 512 + 1);
+    assert!(device.memory.read_vec(raw.data, data.len()) == data);
 }
 
 #[test]
 fn more_descriptors_than_iov_max() {
     let rig = Rig::raw(4 * MIB);
-    let options = DeviceOptions {
-        queue_size: 2048,
-        ..DeviceOptions::default()
-    };
-    // Where queues are shorter than that the chain cannot be built, and there is nothing to see.
-    let mut device = match Device::start(rig.daemon.socket(), options) {
-        Ok(device) => device,
-        Err(Error::Refused { .. } | Error::Closed) => {
-            println!("the backend's queues are shorter than IOV_MAX");
-            return;
-        }
-        Err(e) => panic!("{e}"),
-    };
+    let mut device = rig.device();
     let count = 1500u64;
     let data = pattern(count as usize * 512, 7);
     for (write, sector) in [(false, 100), (true, 100)] {
@@ -213,7 +196,7 @@ fn more_descriptors_than_iov_max() {
             write,
         }));
         bufs.push(raw.status_buf());
-        run_chain(&mut device, &bufs);
+        run_indirect(&mut device, &bufs);
         assert_eq!(raw.status(&device.memory), status::OK);
         assert!(device.memory.read_vec(raw.data, data.len()) == data);
     }
@@ -246,7 +229,7 @@ fn buffers_at_any_address_and_of_any_sector_count() {
 
 #[test]
 fn length_of_a_chain_is_summed_beyond_four_gib() {
-    let rig = Rig::raw(64 * MIB);
+    let rig = Rig::with("raw", 64 * MIB, |d| d.queue_size(512));
     let options = DeviceOptions {
         queue_size: 512,
         memory: vec![RegionSpec::new(0, 64 * MIB)],

@@ -263,3 +263,14 @@ pub fn fill_with_reads(device: &mut Device, len: u32) -> u64 {
     queue.ring.publish();
     n
 }
+
+/// Runs a chain of buffers through an indirect table and returns the used length.
+pub fn run_indirect(device: &mut Device, bufs: &[Buf]) -> u32 {
+    let table = device.memory.alloc(16 * bufs.len() as u64, 16);
+    let (memory, queue) = device.split(0);
+    let ring = &mut queue.ring;
+    ring.add_indirect(memory, table, bufs, 0)
+        .expect("room in the ring");
+    ring.publish();
+    ring.wait_used(SOON).unwrap().len
+}
