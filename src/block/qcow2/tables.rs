@@ -12,6 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
+use super::alloc::Allocator;
 use super::entry;
 use super::header::{Header, MAX_HOST_OFFSET};
 use super::slice::{DIRTY, Directory, ORDERED, Pinned, Slice};
@@ -170,7 +171,13 @@ impl Tables {
 
     /// Loads a slice that has an L2 table. When it returns, the slice was there a moment ago: look again.
     #[cold]
-    pub(super) async fn load(&self, io: &Io, storage: &Storage, slice: u64) -> Result<()> {
+    pub(super) async fn load(
+        &self,
+        io: &Io,
+        storage: &Storage,
+        alloc: Option<&Allocator>,
+        slice: u64,
+    ) -> Result<()> {
         let Some(_loader) = self.become_loader(slice).await else {
             return Ok(());
         };
@@ -186,7 +193,7 @@ impl Tables {
             .chunks_exact(8)
             .map(|b| b.try_into().map_or(0, u64::from_be_bytes));
         let file_len = storage.len();
-        let new = Slice::new(slice, raw, |raw| self.is_valid(raw, file_len));
+        let new = Slice::new(slice, raw, |raw| self.is_valid(raw, file_len, alloc));
         self.directory.link(new);
         self.loaded.fetch_add(1, Ordering::Relaxed);
         lock(&self.clock).push_back(slice);
@@ -220,14 +227,16 @@ impl Tables {
 
     /// May an L2 entry of the file be used? The image is untrusted: an entry must not lead outside the
     /// file, or to metadata.
-    fn is_valid(&self, raw: u64, file_len: u64) -> bool {
+    fn is_valid(&self, raw: u64, file_len: u64, alloc: Option<&Allocator>) -> bool {
         let g = &self.geometry;
         if !entry::is_well_formed(raw, g, self.version) {
             return false;
         }
         let inside = |first: HostCluster, count: u64| {
             // The last cluster of a file may be cut off anywhere.
-            first.0 << g.cluster_bits <= file_len && !self.is_fixed_metadata(first, count)
+            first.0 << g.cluster_bits <= file_len
+                && !self.is_fixed_metadata(first, count)
+                && alloc.is_none_or(|alloc| alloc.is_metadata(first, count).is_none())
         };
         match entry::decode(raw, g) {
             entry::Entry::Unallocated | entry::Entry::Zero { host: None, .. } => true,
@@ -244,11 +253,20 @@ impl Tables {
     }
 
     /// True if one of the clusters is header, L1 or an L2 table that was there at opening.
-    pub(super) fn is_fixed_metadata(&self, first: HostCluster, count: u64) -> bool {
+    fn is_fixed_metadata(&self, first: HostCluster, count: u64) -> bool {
         let after = self.fixed.partition_point(|range| range.end <= first.0);
         self.fixed
             .get(after)
             .is_some_and(|range| range.start < first.0 + count)
+    }
+
+    /// The L1 table and L2 tables of the time of opening, in host clusters.
+    pub(super) fn metadata(&self) -> impl Iterator<Item = Range<u64>> {
+        // The header is the allocator's own business.
+        self.fixed.iter().filter_map(|range| {
+            let range = range.start.max(1)..range.end;
+            (!range.is_empty()).then_some(range)
+        })
     }
 
     // ---- changes ----
@@ -425,7 +443,8 @@ fn check_l1(
         ))
     };
     let cluster = |offset: u64| offset >> g.cluster_bits;
-    let mut fixed = vec![0..1];
+    let header_cluster = 0..1;
+    let mut fixed = Vec::from([header_cluster]);
     if header.l1_entries > 0 {
         let first = cluster(header.l1_offset.0);
         fixed.push(first..first + g.clusters(header.l1_entries * 8));

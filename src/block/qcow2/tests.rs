@@ -9,7 +9,9 @@ use crate::block::error::{ErrorKind, Result};
 use crate::block::sim::{Sim, SimStorage, random};
 use crate::reactor::{Epochs, Io, IoConfig, Sg};
 
+mod judge;
 mod read;
+mod write;
 
 /// A reactor of its own epoch domain.
 fn reactor() -> Io {
