@@ -197,7 +197,7 @@ impl Tables {
         self.directory.link(new);
         self.loaded.fetch_add(1, Ordering::Relaxed);
         lock(&self.clock).push_back(slice);
-        self.evict(io);
+        self.evict(io, slice);
         Ok(())
     }
 
@@ -345,8 +345,9 @@ impl Tables {
 
     // ---- eviction ----
 
-    /// Throws out clean slices that were not looked at lately, while there are too many.
-    fn evict(&self, io: &Io) {
+    /// Throws out clean slices that were not looked at lately, while there are too many. Not `new`, which
+    /// somebody is about to look at: it may be the only clean one.
+    fn evict(&self, io: &Io, new: u64) {
         let mut clock = lock(&self.clock);
         let mut graveyard = lock(&self.graveyard);
         graveyard.retain(|dead| !io.epochs().passed(dead.0));
@@ -357,7 +358,9 @@ impl Tables {
             let Some(index) = clock.pop_front() else {
                 break;
             };
-            let out = self.with(index, |slice| !slice.take_used() && slice.begin_evict());
+            let out = self.with(index, |slice| {
+                index != new && !slice.take_used() && slice.begin_evict()
+            });
             match out {
                 Some(true) => {
                     if let Some(slice) = self.directory.unlink(index) {

@@ -9,6 +9,10 @@ use crate::block::error::{ErrorKind, Result};
 use crate::block::sim::{Sim, SimStorage, random};
 use crate::reactor::{Epochs, Io, IoConfig, Sg};
 
+mod concurrent;
+mod crash;
+mod faults;
+mod history;
 mod judge;
 mod read;
 mod write;
