@@ -9,7 +9,9 @@ use crate::block::error::{ErrorKind, Result};
 use crate::block::sim::{Sim, SimStorage, random};
 use crate::reactor::{Epochs, Io, IoConfig, Sg};
 
+mod concurrent;
 mod crash;
+mod faults;
 mod history;
 mod judge;
 mod read;
