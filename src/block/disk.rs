@@ -47,6 +47,20 @@ pub enum CacheMode {
     Writethrough,
 }
 
+impl std::str::FromStr for CacheMode {
+    type Err = String;
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        match name {
+            "none" => Ok(Self::None),
+            "writeback" => Ok(Self::Writeback),
+            "writethrough" => Ok(Self::Writethrough),
+            _ => Err(format!(
+                "cache mode {name:?} is not known; none, writeback and writethrough are"
+            )),
+        }
+    }
+}
+
 /// What the user asked for.
 #[derive(Clone, Debug)]
 pub struct DiskSpec {
