@@ -93,6 +93,12 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// What the first step of a flush decides: must data be durable before the mappings are written?
+    #[cfg(test)]
+    pub(super) fn would_order(&self, io: &Io) -> bool {
+        Snapshot::take(io, &self.tables).ordered
+    }
+
     /// Writes mappings back if there are many, or old ones. To be called from a timer, once a second or so:
     /// it bounds what the next flush has to write.
     ///
@@ -162,7 +168,11 @@ impl<'a> Snapshot<'a> {
         for run in places.chunk_by(neighbours).flat_map(|r| r.chunks(most)) {
             let mut buf = io.buf(run.len() * bytes);
             for (place, to) in run.iter().zip(buf.chunks_exact_mut(bytes)) {
-                snapshot.slices[place.1].0.encode(to);
+                let slice = &snapshot.slices[place.1].0;
+                slice.encode(to);
+                // A writer may be between publishing and marking: what was copied counts, not what was
+                // marked when the flags were taken.
+                snapshot.ordered |= slice.is_ordered();
             }
             snapshot.writes.push((run[0].0, buf));
         }
@@ -171,6 +181,8 @@ impl<'a> Snapshot<'a> {
             let offset = tables.encode_l1(*unit, &mut buf);
             snapshot.writes.push((offset.0, buf));
         }
+        // The same for L1 entries, which change under the lock that this takes.
+        snapshot.ordered |= tables.is_l1_ordered();
         snapshot
     }
 

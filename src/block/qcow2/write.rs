@@ -233,12 +233,14 @@ impl Qcow2 {
             &mut tail,
         )
         .await?;
+        // The host cluster may hold old data durably: not to be seen before the new.
+        let ordered = true;
+        claim.slice().note_order(ordered);
         for n in 0..claim.count() {
             let host = HostOffset(host.0 + ((n as u64) << g.cluster_bits));
             claim.publish(n, entry::data(host));
         }
-        // The host cluster may hold old data durably: not to be seen before the new.
-        self.tables.mark_dirty(claim.slice(), true);
+        self.tables.mark_dirty(claim.slice(), ordered);
         Ok(len)
     }
 
@@ -279,12 +281,12 @@ impl Qcow2 {
         self.write_around(io, host, &mut head, part, &mut tail)
             .await?;
 
-        let mut ordered = !fresh.zeroed();
+        let zeros = fresh.zeroed() && (0..claim.count()).all(|n| self.reads_zero(claim.get(n)));
+        let ordered = !zeros;
+        claim.slice().note_order(ordered);
         let mut freed = Freed::default();
         for n in 0..claim.count() {
-            let old = claim.get(n);
-            ordered |= !self.reads_zero(old);
-            freed.note(self, old);
+            freed.note(self, claim.get(n));
             claim.publish(
                 n,
                 entry::data(g.host_offset(HostCluster(first.0 + n as u64))),

@@ -1,4 +1,6 @@
 use super::*;
+use crate::block::qcow2::claim::Attempt;
+use crate::block::qcow2::entry;
 
 /// An image under test, and what it must read as.
 struct Case {
@@ -430,4 +432,41 @@ fn many_dirty_slices_in_a_small_cache_are_written_to_make_room() {
     });
     case.finish(&io, &image, "small cache");
     io.close();
+}
+
+#[test]
+fn a_flush_between_publication_and_mark_waits_for_the_data_all_the_same() {
+    let io = reactor();
+    let base = vec![7; 1 << 20];
+    let case = Case::new("cluster_size=4k", &base, 1 << 20, &[], Sim::default());
+    io.block_on(async {
+        let image = case.open(&io).await;
+        // The slice is dirty already, by a change that needs no order.
+        image.discard(&io, 0, 4096).await.expect("discard");
+        assert!(!image.would_order(&io));
+        let second = GuestCluster(1);
+        let Attempt::Claimed(claim) = image.tables.try_claim(second, 1, |_, _| true) else {
+            panic!("no claim");
+        };
+        // A writer on another thread got as far as this when the flush takes its snapshot.
+        claim.slice().note_order(true);
+        claim.publish(0, entry::data(HostOffset(1 << 20)));
+        assert!(image.would_order(&io));
+        claim.publish(0, 0);
+        drop(claim);
+        image.close(&io).await.expect("close");
+    });
+}
+
+#[test]
+fn a_new_table_that_is_not_zeros_yet_orders_the_snapshot_that_has_it() {
+    let io = reactor();
+    let case = Case::new("cluster_size=4k", &[], 8 << 20, &[], Sim::default());
+    io.block_on(async {
+        let image = case.open(&io).await;
+        image.tables.link_table(0, HostOffset(1 << 20), false);
+        assert!(!image.would_order(&io));
+        image.tables.link_table(1 << 9, HostOffset(2 << 20), true);
+        assert!(image.would_order(&io));
+    });
 }
