@@ -74,7 +74,10 @@ impl Qcow2 {
         written.and(ended)
     }
 
-    /// Writes run by run. Runs in place stay under way in `window` while the next are looked for.
+    /// Writes run by run. Runs in place stay under way in `window` while the next are looked for; all have
+    /// ended before this waits for anything else. A transfer under way may hold blocks of the device
+    /// ([`Storage`](crate::block::storage::Storage) keeps writes to parts of a block apart): with one at
+    /// hand, waiting for a claim or for a block of which only a part is written could be waiting in a ring.
     async fn write_pieces<'a, B: Below + ?Sized>(
         &'a self,
         io: &'a Io,
@@ -83,16 +86,29 @@ impl Qcow2 {
         mut rest: Sg<'a>,
         window: &mut Window<'a>,
     ) -> Result<()> {
+        let align = self.storage.limits().io_align as u64;
         while !rest.is_empty() {
-            let done = match self.target(offset, rest.len() as u64) {
-                Target::InPlace { host, len } => {
+            let target = self.target(offset, rest.len() as u64);
+            let done = match target {
+                Target::InPlace { host, len } if (host.0 | len) & (align - 1) == 0 => {
                     let (part, _) = rest.split_at(len as usize);
                     window.make_room(io).await?;
                     window.push(self.storage.begin_write(io, host.0, part));
                     len
                 }
-                Target::Claim => self.write_new(io, below, offset, rest).await?,
-                other => self.prepare(io, other).await?,
+                Target::InPlace { host, len } => {
+                    window.finish_all(io).await?;
+                    let (part, _) = rest.split_at(len as usize);
+                    self.storage.write(io, host.0, part).await?;
+                    len
+                }
+                other => {
+                    window.finish_all(io).await?;
+                    match other {
+                        Target::Claim => self.write_new(io, below, offset, rest).await?,
+                        other => self.prepare(io, other).await?,
+                    }
+                }
             };
             offset += done;
             rest = rest.split_at(done as usize).1;
