@@ -455,6 +455,65 @@ fn wrong_refcounts_stop_all_writes_and_mark_the_image_corrupt() {
 }
 
 #[test]
+fn a_cluster_that_may_be_shared_is_copied_before_it_is_changed() {
+    let mut case = Case::new(
+        "cluster_size=4k",
+        &[],
+        1 << 20,
+        &["write -P 1 0 64k"],
+        Sim::default(),
+    );
+    let mut bytes = case.images.bytes("a");
+    let at = |place: usize| u64::from_be_bytes(bytes[place..place + 8].try_into().expect("8"));
+    let l2 = (at(at(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
+    // The third and fourth cluster.
+    bytes[l2 + 16] &= 0x7f;
+    bytes[l2 + 24] &= 0x7f;
+    case.storage = sim(bytes, Sim::default());
+    let io = reactor();
+    let image = io.block_on(async {
+        let image = case.open(&io).await;
+        let Ok(Extent::Data { host: before, .. }) = image.map(&io, 8192, 512).await else {
+            panic!("data");
+        };
+        case.write(&io, &image, 9216, &noise(1, 4096)).await;
+        let Ok(Extent::Data { host: after, .. }) = image.map(&io, 8192, 512).await else {
+            panic!("data");
+        };
+        assert_ne!(before, after);
+        image
+    });
+    case.finish(&io, &image, "copied");
+    io.close();
+}
+
+#[test]
+fn the_timer_lets_clusters_out_of_limbo_that_a_request_held_there() {
+    let case = Case::new(
+        "cluster_size=4k",
+        &[],
+        1 << 20,
+        &["write -P 1 0 64k"],
+        Sim::default(),
+    );
+    let io = reactor();
+    io.block_on(async {
+        let image = case.open(&io).await;
+        let slow_request = io.pin();
+        image.discard(&io, 0, 65536).await.expect("discard");
+        image.flush(&io).await.expect("flush");
+        let alloc = image.alloc.clone().expect("writable");
+        assert_eq!(alloc.in_limbo(), 16, "the slow request may still read them");
+        drop(slow_request);
+        io.yield_now().await;
+        image.write_back_if_due(&io).await.expect("write back");
+        assert_eq!(alloc.in_limbo(), 0);
+        image.close(&io).await.expect("close");
+    });
+    io.close();
+}
+
+#[test]
 fn mappings_are_written_back_when_they_are_many() {
     let mut case = Case::new("cluster_size=512", &[], 4 << 20, &[], Sim::default());
     let io = reactor();
