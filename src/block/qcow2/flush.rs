@@ -25,12 +25,14 @@
 //! file is never thrown out and loaded again.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_lock::Mutex;
 
 use super::Qcow2;
+use super::alloc::Allocator;
 use super::slice::{ORDERED, Pinned};
 use super::tables::Tables;
 use crate::block::error::Result;
@@ -99,14 +101,18 @@ impl Qcow2 {
         Snapshot::take(io, &self.tables).ordered
     }
 
-    /// Writes mappings back if there are many, or old ones. To be called from a timer, once a second or so:
-    /// it bounds what the next flush has to write.
+    /// Writes mappings back if there are many, or old ones, and lets clusters out of limbo that no flush
+    /// asks after any more. To be called from a timer, once a second or so: it bounds what the next flush
+    /// has to write.
     ///
     /// # Errors
     /// As [`Qcow2::flush`].
     pub async fn write_back_if_due(&self, io: &Io) -> Result<()> {
         let (slices, age) = self.tables.dirty();
-        let due = slices >= self.tables.write_back_threshold() || age.is_some_and(|a| a >= MAX_AGE);
+        let forgotten = |alloc: &Arc<Allocator>| age.is_none() && alloc.in_limbo() > 0;
+        let due = slices >= self.tables.write_back_threshold()
+            || age.is_some_and(|age| age >= MAX_AGE)
+            || self.alloc.as_ref().is_some_and(forgotten);
         if due { self.flush(io).await } else { Ok(()) }
     }
 
