@@ -16,6 +16,7 @@
 mod alloc;
 mod arena;
 mod below;
+pub mod check;
 mod compressed;
 mod entry;
 pub mod header;
