@@ -332,3 +332,39 @@ fn no_bytes_in_table_or_blocks_make_it_panic() {
     }
     io.close();
 }
+
+#[test]
+fn a_settle_that_can_not_read_the_refcounts_is_made_up_for() {
+    let io = reactor();
+    let empty = image("cluster_size=512,refcount_bits=64", 8 << 20);
+    let storage = sim(empty, Sim::default());
+    let runs = io.block_on(async {
+        let allocator = open(&io, &storage, 0).await.unwrap();
+        let runs = take(&allocator, &io, 400).await.unwrap();
+        allocator.close(&io).await.unwrap();
+        runs
+    });
+    let before = simulated(&storage).image();
+    for nth in 1..=6 {
+        let storage = sim(before.clone(), Sim::default());
+        io.block_on(async {
+            let allocator = open(&io, &storage, 0).await.unwrap();
+            simulated(&storage).fail(Kind::Read, nth, libc::EIO, false);
+            // None of the refcount blocks has been read yet.
+            let error = free_and_settle(&allocator, &io, &runs).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Io);
+            assert!(allocator.in_limbo() > 0);
+            let mark = allocator.mark();
+            allocator.settle(&io, mark).await.unwrap();
+            assert_eq!(allocator.in_limbo(), 0);
+            allocator.close(&io).await.unwrap();
+        });
+        let judged = judge(&simulated(&storage).image());
+        let clean = Judged {
+            errors: 0,
+            leaks: 0,
+        };
+        assert_eq!(judged, clean, "{nth}");
+    }
+    io.close();
+}
