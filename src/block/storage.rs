@@ -169,6 +169,7 @@ impl Storage {
 
     /// Cuts the storage, or grows it with zeros. Not while writes that grow it run.
     pub async fn set_len(&self, io: &Io, len: u64) -> Result<()> {
+        let _ = io;
         each!(self,
             s => s.set_len(len),
             s => s.write(),

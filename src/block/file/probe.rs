@@ -9,8 +9,8 @@ use std::path::Path;
 
 use crate::reactor::AlignedBuf;
 
-use super::error::{Error, ErrorKind, Result};
-use super::storage::Limits;
+use crate::block::error::{Error, ErrorKind, Result};
+use crate::block::storage::Limits;
 
 // linux/fs.h
 const BLKSSZGET: libc::c_ulong = 0x1268;
@@ -131,19 +131,22 @@ fn describe(path: &Path, file: File, direct: bool) -> Result<Option<Opened>> {
         limits.logical_block = limits.logical_block.max(io as u32);
         limits.physical_block = limits.physical_block.max(limits.logical_block);
     }
-    let identity = if device {
-        (meta.rdev(), u64::MAX)
-    } else {
-        (meta.dev(), meta.ino())
-    };
     Ok(Some(Opened {
         file,
         device,
         direct,
         len,
         limits,
-        identity,
+        identity: identity(&meta),
     }))
+}
+
+/// What two names of one thing have in common.
+pub(super) fn identity(meta: &std::fs::Metadata) -> (u64, u64) {
+    match meta.file_type().is_block_device() {
+        true => (meta.rdev(), u64::MAX),
+        false => (meta.dev(), meta.ino()),
+    }
 }
 
 /// Bytes of a file or a block device.
