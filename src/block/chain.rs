@@ -110,7 +110,9 @@ pub(super) async fn open(io: &Io, spec: &DiskSpec) -> Result<Vec<Link>> {
     };
     let allowed = allowed_roots(top, &spec.allow_paths)?;
     let storage = open_top(top, spec)?;
-    let mut links: Vec<Link> = vec![link(io, storage, spec.format, top.clone()).await?];
+    // Whatever becomes the working directory, the name leads to the same place.
+    let named = std::path::absolute(top).unwrap_or_else(|_| top.clone());
+    let mut links: Vec<Link> = vec![link(io, storage, spec.format, named).await?];
     while let Some(Link {
         named,
         backing: Some(backing),
@@ -121,7 +123,8 @@ pub(super) async fn open(io: &Io, spec: &DiskSpec) -> Result<Vec<Link>> {
         let name = beside(named, backing)?;
         let real =
             std::fs::canonicalize(&name).map_err(|error| missing(&links, backing, &name, error))?;
-        if !allowed.iter().any(|root| real.starts_with(root)) {
+        let is_allowed = |real: &Path| allowed.iter().any(|root| real.starts_with(root));
+        if !is_allowed(&real) {
             return Err(not_allowed(named, backing, &real));
         }
         if links.len() == MAX_DEPTH {
@@ -136,6 +139,10 @@ pub(super) async fn open(io: &Io, spec: &DiskSpec) -> Result<Vec<Link>> {
             direct: spec.backing_cache == CacheMode::None,
         };
         let storage = FileStorage::open(&real, options)?;
+        // A link may have been put in the way since the name was looked up.
+        if let Some(opened) = storage.real_path().filter(|opened| !is_allowed(opened)) {
+            return Err(not_allowed(named, backing, &opened));
+        }
         let twice = |other: &Link| other.identity() == Some(storage.identity());
         if links.iter().any(twice) {
             let message = format!(

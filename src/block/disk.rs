@@ -2,6 +2,8 @@
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod write_tests;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -45,6 +47,20 @@ pub enum CacheMode {
     Writeback,
     /// The host's page cache; every write is made durable before it completes.
     Writethrough,
+}
+
+impl std::str::FromStr for CacheMode {
+    type Err = String;
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        match name {
+            "none" => Ok(Self::None),
+            "writeback" => Ok(Self::Writeback),
+            "writethrough" => Ok(Self::Writethrough),
+            _ => Err(format!(
+                "cache mode {name:?} is not known; none, writeback and writethrough are"
+            )),
+        }
+    }
 }
 
 /// What the user asked for.

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use crate::reactor::{Io, Sg};
 
-use super::error::{Error, ErrorKind, Result};
-use super::qcow2::{Compressed, Extent, Qcow2};
+use super::error::Result;
+use super::qcow2::{Below, Compressed, Extent, Qcow2};
+use super::stack::read_chain;
 use super::storage::Storage;
 
 /// What a range of a layer is made of, from its first byte on. Every `len` is in bytes, at least 1 and
@@ -123,11 +124,6 @@ impl Layer {
 
 /// Changes: the top layer's.
 impl Layer {
-    fn unwritable(&self) -> Error {
-        let path = self.data().path();
-        Error::image(ErrorKind::ReadOnly, path, None, "opened read-only")
-    }
-
     /// Writes `from` at `offset`. `below` is what the layer's holes show.
     #[inline]
     pub(super) async fn write(
@@ -137,10 +133,11 @@ impl Layer {
         offset: u64,
         from: Sg<'_>,
     ) -> Result<()> {
-        let _ = below;
         match self {
             Self::Raw(raw) => raw.storage.write(io, offset, from).await,
-            _ => Err(self.unwritable()),
+            Self::Qcow2(image) => image.write(io, below, offset, from).await,
+            #[cfg(test)]
+            Self::Made(_) => Ok(()),
         }
     }
 
@@ -148,7 +145,9 @@ impl Layer {
     pub(super) async fn discard(&self, io: &Io, offset: u64, len: u64) -> Result<()> {
         match self {
             Self::Raw(raw) => raw.storage.discard(io, offset, len).await,
-            _ => Err(self.unwritable()),
+            Self::Qcow2(image) => image.discard(io, offset, len).await,
+            #[cfg(test)]
+            Self::Made(_) => Ok(()),
         }
     }
 
@@ -161,10 +160,11 @@ impl Layer {
         len: u64,
         unmap: bool,
     ) -> Result<()> {
-        let _ = below;
         match self {
             Self::Raw(raw) => raw.storage.write_zeroes(io, offset, len, unmap).await,
-            _ => Err(self.unwritable()),
+            Self::Qcow2(image) => image.write_zeroes(io, below, offset, len, unmap).await,
+            #[cfg(test)]
+            Self::Made(_) => Ok(()),
         }
     }
 
@@ -172,6 +172,16 @@ impl Layer {
     pub(super) async fn flush(&self, io: &Io) -> Result<()> {
         match self {
             Self::Raw(raw) => raw.storage.flush(io).await,
+            Self::Qcow2(image) => image.flush(io).await,
+            #[cfg(test)]
+            Self::Made(_) => Ok(()),
+        }
+    }
+
+    /// Writes metadata back that has waited for long, or is much.
+    pub(super) async fn write_back_if_due(&self, io: &Io) -> Result<()> {
+        match self {
+            Self::Qcow2(image) => image.write_back_if_due(io).await,
             _ => Ok(()),
         }
     }
@@ -180,8 +190,17 @@ impl Layer {
     pub(super) async fn close(&self, io: &Io) -> Result<()> {
         match self {
             Self::Raw(raw) => raw.storage.flush(io).await,
-            _ => Ok(()),
+            Self::Qcow2(image) => image.close(io).await,
+            #[cfg(test)]
+            Self::Made(_) => Ok(()),
         }
+    }
+}
+
+/// What the holes of an image show: the layers below it.
+impl Below for [Layer] {
+    async fn read(&self, io: &Io, offset: u64, to: Sg<'_>) -> Result<()> {
+        read_chain(self, io, offset, to).await
     }
 }
 

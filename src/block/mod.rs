@@ -7,14 +7,14 @@
 
 mod active;
 mod chain;
+#[cfg(test)]
+mod device_tests;
 pub mod disk;
-mod edges;
 pub mod error;
 pub mod file;
 pub mod layer;
 pub mod lock;
 pub mod null;
-mod probe;
 pub mod qcow2;
 #[cfg(test)]
 pub mod sim;

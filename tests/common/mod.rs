@@ -3,12 +3,12 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vhost_user_frontend::blk::status;
 use vhost_user_frontend::{
-    Buf, Daemon, Desc, Device, DeviceOptions, Disk, Memory, Op, Outcome, Program, SplitQueue,
-    TempDir, qemu,
+    Buf, Client, Daemon, Desc, Device, DeviceOptions, Disk, Error, Memory, Op, Outcome, Program,
+    SplitQueue, TempDir, qemu,
 };
 
 /// Deadline of what should take milliseconds; generous, since tests share two processors.
@@ -226,4 +226,51 @@ pub fn run_chain(device: &mut Device, bufs: &[Buf]) -> u32 {
 /// The status of one request.
 pub fn status_of(device: &mut Device, op: Op<'_>) -> u8 {
     device.run(op).unwrap().0.status
+}
+
+/// Waits until `probe` holds.
+pub fn until(what: &str, mut probe: impl FnMut() -> bool) {
+    let deadline = Instant::now() + SOON;
+    while !probe() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Sends one bad thing on a fresh, negotiated connection; it must be refused, and the daemon serve on.
+pub fn refused(
+    rig: &mut Rig,
+    what: &str,
+    send: impl FnOnce(&Client) -> vhost_user_frontend::Result<()>,
+) {
+    let device = Device::negotiate(rig.daemon.socket(), DeviceOptions::default()).unwrap();
+    let answer = send(device.client().unwrap());
+    assert!(
+        answer.as_ref().is_err_and(Error::is_refusal),
+        "{what}: {answer:?}"
+    );
+    drop(device);
+    rig.assert_serves_a_new_client();
+}
+
+/// Submits reads until the ring or the slots are full; returns how many.
+pub fn fill_with_reads(device: &mut Device, len: u32) -> u64 {
+    let queue = device.queue(0);
+    let mut n = 0;
+    while queue.submit(Op::Read { sector: 8 * n, len }, n).is_ok() {
+        n += 1;
+    }
+    queue.ring.publish();
+    n
+}
+
+/// Runs a chain of buffers through an indirect table and returns the used length.
+pub fn run_indirect(device: &mut Device, bufs: &[Buf]) -> u32 {
+    let table = device.memory.alloc(16 * bufs.len() as u64, 16);
+    let (memory, queue) = device.split(0);
+    let ring = &mut queue.ring;
+    ring.add_indirect(memory, table, bufs, 0)
+        .expect("room in the ring");
+    ring.publish();
+    ring.wait_used(SOON).unwrap().len
 }

@@ -89,7 +89,15 @@ impl Qcow2 {
     /// Loads a slice, and makes room where too many wait to be written.
     #[cold]
     pub(super) async fn load(&self, io: &Io, slice: u64) -> Result<()> {
-        self.tables.load(io, &self.storage, slice).await?;
+        self.tables
+            .load(io, &self.storage, self.alloc.as_deref(), slice)
+            .await?;
+        if self.tables.is_crowded() {
+            // An error here is for the flush that the guest asks for: nothing is lost, only crowded.
+            if let Err(error) = self.flush(io).await {
+                log::warn!("writing back metadata: {error}");
+            }
+        }
         Ok(())
     }
 
@@ -159,7 +167,7 @@ impl Qcow2 {
     /// How many entries from `at` on, at most `wanted`, are as the first one. `same` gets the distance
     /// from the first.
     #[inline]
-    fn run(
+    pub(super) fn run(
         &self,
         slice: &Slice,
         at: usize,

@@ -8,25 +8,38 @@
 //! | `slice`, `tables` | the L1 table and the cache of L2 slices: lock-free to look at |
 //! | `map`, `compressed` | reading: from the guest's offset to where its bytes are |
 //! | `claim`, `write`, `discard` | changing: one claimed run of clusters after another |
+//! | `alloc`, `refill`, `arena`, `limbo` | host clusters: handed out, made ready, freed |
+//! | `reftable`, `refcount` | the refcount table, its blocks and their entries |
 //! | `flush` | from memory to the file, in the order that survives a power loss |
 
+mod alloc;
+mod arena;
 mod below;
+mod claim;
 mod compressed;
+mod discard;
 mod entry;
+mod flush;
 pub mod header;
+mod limbo;
 mod map;
 mod open;
-#[allow(dead_code)] // Writing uses the rest.
+mod refcount;
+mod refill;
+mod reftable;
+mod runs;
 mod slice;
-#[allow(dead_code)] // Writing uses the rest.
 mod tables;
 pub mod units;
+mod write;
 
 #[cfg(test)]
 mod tests;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
+pub use alloc::{Allocator, Fresh};
 pub use below::Below;
 pub use entry::Compressed;
 pub use header::{BackingName, Header};
@@ -35,6 +48,7 @@ pub use open::Options;
 pub use units::{Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset};
 
 use super::storage::Storage;
+use flush::Flushes;
 use tables::Tables;
 
 /// An open image. Requests run on any thread's [`crate::reactor::Io`] of one epoch domain at the same time;
@@ -44,7 +58,14 @@ pub struct Qcow2 {
     storage: Arc<Storage>,
     header: Header,
     tables: Tables,
+    /// None: opened read-only.
+    alloc: Option<Arc<Allocator>>,
     has_backing: bool,
+    flushes: Flushes,
+    /// Held by who makes an L2 table.
+    new_table: async_lock::Mutex<()>,
+    /// Opened read-only, or found to be corrupt since.
+    refuse_writes: AtomicBool,
 }
 
 impl Qcow2 {

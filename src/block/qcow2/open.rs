@@ -1,10 +1,14 @@
 //! Opening an image: from a checked header to tables that serve requests.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use super::Qcow2;
+use super::alloc::Allocator;
+use super::flush::Flushes;
 use super::header::Header;
 use super::tables::Tables;
+use super::units::HostCluster;
 use crate::block::error::Result;
 use crate::block::storage::Storage;
 use crate::reactor::Io;
@@ -39,11 +43,29 @@ impl Qcow2 {
             header.check_writable()?;
         }
         let tables = Tables::open(io, &storage, &header, write, options.l2_cache_bytes).await?;
+        let mut alloc = None;
+        if write {
+            let new = Allocator::open(io, &storage, &header, options.workers).await?;
+            for range in tables.metadata() {
+                let count = range.end - range.start;
+                new.reserve_metadata(HostCluster(range.start), count, "L1 or an L2 table")?;
+            }
+            alloc = Some(Arc::new(new));
+            // What these bits stand for is not kept up: they go before anything else changes.
+            if header.autoclear != 0 {
+                header.clear_autoclear(io, &storage).await?;
+                storage.flush(io).await?;
+            }
+        }
         Ok(Self {
             storage,
             header,
             tables,
+            alloc,
             has_backing: options.has_backing,
+            flushes: Flushes::default(),
+            new_table: async_lock::Mutex::new(()),
+            refuse_writes: AtomicBool::new(!write),
         })
     }
 }

@@ -12,6 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
+use super::alloc::Allocator;
 use super::entry;
 use super::header::{Header, MAX_HOST_OFFSET};
 use super::slice::{DIRTY, Directory, ORDERED, Pinned, Slice};
@@ -170,7 +171,13 @@ impl Tables {
 
     /// Loads a slice that has an L2 table. When it returns, the slice was there a moment ago: look again.
     #[cold]
-    pub(super) async fn load(&self, io: &Io, storage: &Storage, slice: u64) -> Result<()> {
+    pub(super) async fn load(
+        &self,
+        io: &Io,
+        storage: &Storage,
+        alloc: Option<&Allocator>,
+        slice: u64,
+    ) -> Result<()> {
         let Some(_loader) = self.become_loader(slice).await else {
             return Ok(());
         };
@@ -186,11 +193,11 @@ impl Tables {
             .chunks_exact(8)
             .map(|b| b.try_into().map_or(0, u64::from_be_bytes));
         let file_len = storage.len();
-        let new = Slice::new(slice, raw, |raw| self.is_valid(raw, file_len));
+        let new = Slice::new(slice, raw, |raw| self.is_valid(raw, file_len, alloc));
         self.directory.link(new);
         self.loaded.fetch_add(1, Ordering::Relaxed);
         lock(&self.clock).push_back(slice);
-        self.evict(io);
+        self.evict(io, slice);
         Ok(())
     }
 
@@ -220,14 +227,16 @@ impl Tables {
 
     /// May an L2 entry of the file be used? The image is untrusted: an entry must not lead outside the
     /// file, or to metadata.
-    fn is_valid(&self, raw: u64, file_len: u64) -> bool {
+    fn is_valid(&self, raw: u64, file_len: u64, alloc: Option<&Allocator>) -> bool {
         let g = &self.geometry;
         if !entry::is_well_formed(raw, g, self.version) {
             return false;
         }
         let inside = |first: HostCluster, count: u64| {
             // The last cluster of a file may be cut off anywhere.
-            first.0 << g.cluster_bits <= file_len && !self.is_fixed_metadata(first, count)
+            first.0 << g.cluster_bits <= file_len
+                && !self.is_fixed_metadata(first, count)
+                && alloc.is_none_or(|alloc| alloc.is_metadata(first, count).is_none())
         };
         match entry::decode(raw, g) {
             entry::Entry::Unallocated | entry::Entry::Zero { host: None, .. } => true,
@@ -244,11 +253,20 @@ impl Tables {
     }
 
     /// True if one of the clusters is header, L1 or an L2 table that was there at opening.
-    pub(super) fn is_fixed_metadata(&self, first: HostCluster, count: u64) -> bool {
+    fn is_fixed_metadata(&self, first: HostCluster, count: u64) -> bool {
         let after = self.fixed.partition_point(|range| range.end <= first.0);
         self.fixed
             .get(after)
             .is_some_and(|range| range.start < first.0 + count)
+    }
+
+    /// The L1 table and L2 tables of the time of opening, in host clusters.
+    pub(super) fn metadata(&self) -> impl Iterator<Item = Range<u64>> {
+        // The header is the allocator's own business.
+        self.fixed.iter().filter_map(|range| {
+            let range = range.start.max(1)..range.end;
+            (!range.is_empty()).then_some(range)
+        })
     }
 
     // ---- changes ----
@@ -327,8 +345,9 @@ impl Tables {
 
     // ---- eviction ----
 
-    /// Throws out clean slices that were not looked at lately, while there are too many.
-    fn evict(&self, io: &Io) {
+    /// Throws out clean slices that were not looked at lately, while there are too many. Not `new`, which
+    /// somebody is about to look at: it may be the only clean one.
+    fn evict(&self, io: &Io, new: u64) {
         let mut clock = lock(&self.clock);
         let mut graveyard = lock(&self.graveyard);
         graveyard.retain(|dead| !io.epochs().passed(dead.0));
@@ -339,7 +358,9 @@ impl Tables {
             let Some(index) = clock.pop_front() else {
                 break;
             };
-            let out = self.with(index, |slice| !slice.take_used() && slice.begin_evict());
+            let out = self.with(index, |slice| {
+                index != new && !slice.take_used() && slice.begin_evict()
+            });
             match out {
                 Some(true) => {
                     if let Some(slice) = self.directory.unlink(index) {
@@ -425,7 +446,8 @@ fn check_l1(
         ))
     };
     let cluster = |offset: u64| offset >> g.cluster_bits;
-    let mut fixed = vec![0..1];
+    let header_cluster = 0..1;
+    let mut fixed = Vec::from([header_cluster]);
     if header.l1_entries > 0 {
         let first = cluster(header.l1_offset.0);
         fixed.push(first..first + g.clusters(header.l1_entries * 8));

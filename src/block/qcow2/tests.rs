@@ -9,7 +9,13 @@ use crate::block::error::{ErrorKind, Result};
 use crate::block::sim::{Sim, SimStorage, random};
 use crate::reactor::{Epochs, Io, IoConfig, Sg};
 
+mod concurrent;
+mod crash;
+mod faults;
+mod history;
+mod judge;
 mod read;
+mod write;
 
 /// A reactor of its own epoch domain.
 fn reactor() -> Io {

@@ -9,8 +9,8 @@ use std::path::Path;
 
 use crate::reactor::AlignedBuf;
 
-use super::error::{Error, ErrorKind, Result};
-use super::storage::Limits;
+use crate::block::error::{Error, ErrorKind, Result};
+use crate::block::storage::Limits;
 
 // linux/fs.h
 const BLKSSZGET: libc::c_ulong = 0x1268;

@@ -4,11 +4,14 @@
 //! Requests in flight never overlap, so that there is one right answer; `overlapping_writes_…` is the case
 //! where they do.
 
+#[path = "../common/mod.rs"]
 mod common;
+mod model;
 
 use std::path::Path;
 
 use common::{Random, Rig, SOON, program};
+use model::{Kind, MAX_SEGMENTS, Model, Pending, SECTOR};
 use vhost_user_frontend as frontend;
 
 use frontend::blk::status;
@@ -17,11 +20,8 @@ use frontend::{
     TempDir, qemu,
 };
 
-const SECTOR: usize = 512;
 /// Sectors of the longest request.
 const MAX_SECTORS: u64 = 128;
-/// Ranges of one discard or write-zeroes request.
-const MAX_SEGMENTS: usize = 4;
 
 /// One combination.
 struct Case {
@@ -71,105 +71,6 @@ const QCOW2: Case = Case {
     requests: 12_000,
     ..RAW
 };
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Kind {
-    Read,
-    Write,
-    Zero,
-    Discard,
-    Flush,
-}
-
-/// A request in flight.
-#[derive(Clone, Copy, Debug)]
-struct Pending {
-    kind: Kind,
-    segments: [Segment; MAX_SEGMENTS],
-    count: usize,
-    /// What a write's data is made from.
-    seed: u64,
-}
-
-impl Pending {
-    fn ranges(&self) -> impl Iterator<Item = std::ops::Range<usize>> + '_ {
-        self.segments[..self.count].iter().map(|s| {
-            let start = s.sector as usize;
-            start..start + s.num_sectors as usize
-        })
-    }
-
-    fn data(&self) -> Vec<u8> {
-        Random::new(self.seed).bytes(self.segments[0].num_sectors as usize * SECTOR)
-    }
-}
-
-/// The disk as it must be.
-struct Model {
-    bytes: Vec<u8>,
-    /// Discarded since it was last written or read: it may have become zero, or not (the specification allows
-    /// both), but nothing else.
-    discarded: Vec<bool>,
-    busy: Vec<bool>,
-}
-
-impl Model {
-    fn new(bytes: Vec<u8>) -> Self {
-        let sectors = bytes.len() / SECTOR;
-        Self {
-            bytes,
-            discarded: vec![false; sectors],
-            busy: vec![false; sectors],
-        }
-    }
-
-    fn sectors(&self) -> u64 {
-        self.busy.len() as u64
-    }
-
-    fn sector(&mut self, index: usize) -> &mut [u8] {
-        &mut self.bytes[index * SECTOR..(index + 1) * SECTOR]
-    }
-
-    /// What was read must be what is there; a discarded sector is from now on what it was read as.
-    fn check_read(&mut self, first: usize, got: &[u8], what: &dyn Fn() -> String) {
-        for (i, got) in got.chunks(SECTOR).enumerate() {
-            let index = first + i;
-            if self.sector(index) == got {
-                self.discarded[index] = false;
-            } else if self.discarded[index] && got.iter().all(|b| *b == 0) {
-                self.sector(index).fill(0);
-                self.discarded[index] = false;
-            } else {
-                let want = self.sector(index)[..16].to_vec();
-                panic!(
-                    "sector {index} (discarded: {}): read {:02x?}, wanted {want:02x?}; {}",
-                    self.discarded[index],
-                    &got[..16],
-                    what()
-                );
-            }
-        }
-    }
-
-    fn apply(&mut self, request: &Pending) {
-        for range in request.ranges() {
-            match request.kind {
-                Kind::Write => {
-                    let data = request.data();
-                    self.bytes[range.start * SECTOR..range.end * SECTOR].copy_from_slice(&data);
-                    self.discarded[range].fill(false);
-                }
-                Kind::Zero => {
-                    self.bytes[range.start * SECTOR..range.end * SECTOR].fill(0);
-                    self.discarded[range].fill(false);
-                }
-                Kind::Discard => self.discarded[range].fill(true),
-                Kind::Read | Kind::Flush => {}
-            }
-        }
-    }
-}
 
 struct Run<'a> {
     case: &'a Case,
