@@ -289,7 +289,7 @@ impl Checker<'_> {
             }
             let mut buf = self.io.buf(size);
             self.storage.read(self.io, offset, buf.sg()).await?;
-            self.blocks.insert(index, buf.as_ref().into());
+            self.blocks.insert(index, (*buf).into());
         }
         Ok(self.blocks.get(&index).map(|block| &block[..]))
     }
