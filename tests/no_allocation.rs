@@ -69,7 +69,9 @@ fn load(device: &mut Device, requests: u64, flushes: bool) {
     while done < requests {
         assert!(start.elapsed() < timeout * 4, "{done} of {requests}");
         while sent < requests && sent - done < DEPTH as u64 {
-            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            seed = seed
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
             let len = 4096 << (seed >> 60 & 3);
             let sector = (seed >> 20) % ((SIZE - len) / 4096) * 8;
             let len = len as u32;
