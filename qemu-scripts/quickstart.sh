@@ -125,9 +125,10 @@ vm_new vm 512M 2
 vm_disk disk,num-queues=2
 vm_files
 vm_linux "$GUEST_INITRD"
-vm_script script
+vm_script "$RUN_DIR/script"
 vm_start
-follow_file "$RUN_DIR/vm.console" "${VM_PID[vm]}" '       guest| '
+follow_file "$RUN_DIR/vm.console" "${VM_PID[vm]}" '       guest| ' 400 ||
+    die "the guest did not end within 400 s (see $RUN_DIR)"
 vm_wait vm 10 || die "QEMU failed (see $RUN_DIR)"
 grep -aqx 'GUEST-EXIT 0' "$RUN_DIR/vm.result" || die "the guest's script failed (see $RUN_DIR/vm.console)"
 step "stopping $BACKEND"

@@ -114,7 +114,7 @@ vm_new vm "$memory" "$cpus"
 # OVMF drives a disk that has a legacy interface by that one, and a vhost-user backend does not speak it.
 vm_disk "disk,num-queues=$queues,bootindex=1,disable-legacy=on"
 case $boot in
-test-guest) vm_linux "$GUEST_INITRD" "$append" ;;
+test-guest) vm_linux "$GUEST_INITRD" "virtioblkd=shell $append" ;;
 kernel)
     VM_ARGS+=(-kernel "$(realpath "$kernel")")
     [[ -z $initrd ]] || VM_ARGS+=(-initrd "$(realpath "$initrd")")

@@ -73,6 +73,7 @@ pub fn run(config: &Config) -> Result<(), AssemblyError> {
     // Before the first thread, which inherits the mask.
     let signals = Signals::block().map_err(system("blocking signals"))?;
     sigbus::install().map_err(system("installing the SIGBUS handler"))?;
+    raise_open_files_limit();
     let plane =
         Dataplane::start(&plane_config(&config.workers)).map_err(system("starting the workers"))?;
     let mut endpoints = Vec::with_capacity(config.disks.len());
@@ -98,6 +99,27 @@ pub fn run(config: &Config) -> Result<(), AssemblyError> {
         pid_file: config.pid_file.clone(),
     };
     Ok(Daemon::new(endpoints, &options)?.run(&signals)?)
+}
+
+/// A VMM may share its memory in hundreds of regions, each with a file of its own.
+fn raise_open_files_limit() {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: `limit` is a valid, writable rlimit, read and then written by the calls.
+    let failed = unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) != 0 || {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) != 0
+        }
+    };
+    if failed {
+        warn!(
+            "raising the limit of open files: {}; a VM with many memory regions may be refused",
+            io::Error::last_os_error()
+        );
+    }
 }
 
 fn plane_config(workers: &WorkersConfig) -> DataplaneConfig {

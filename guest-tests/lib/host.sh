@@ -122,7 +122,7 @@ start_guest() {
     seabios) ;; # what QEMU takes by itself
     ovmf) vm_uefi ;;
     esac
-    vm_script "$name.script"
+    vm_script "$RUN_DIR/$name.script"
     vm_start
 }
 

@@ -17,7 +17,9 @@ host() {
     say "$((after - before)) ticks of $((10 * per_second)) in ten seconds"
     # 0.5 % of ten seconds.
     (((after - before) * 200 < 10 * per_second)) || fail "the backend used $((after - before)) ticks in ten idle seconds"
-    finish_guest vm
+    # A reset, which ends this VM. (An emulated guest's own clock is not to be relied on for "in a while".)
+    vm_command vm system_reset
+    vm_wait vm 30 || fail "the VM's end"
     stop_backend disk || fail "the backend's end"
     check_image
     check_guest_sha vm
@@ -25,9 +27,7 @@ host() {
 
 guest_idle() {
     fio_verify libaio 16 warm-up 0 4 --bs=4k
-    sum=$(disk_sha /dev/vda)
+    result "SHA $(disk_sha /dev/vda)"
     result IDLE
-    sleep 13
-    same "the disk after the pause" "$sum" "$(disk_sha /dev/vda)"
-    result "SHA $sum"
+    sleep 86400
 }

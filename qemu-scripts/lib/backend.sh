@@ -35,9 +35,7 @@ backend_command() {
     shift 3
     if backend_is_virtioblkd; then
         [[ -x $VIRTIOBLKD ]] || die "$VIRTIOBLKD is not there: cargo build --release"
-        # The backing files are those beside the image.
-        BACKEND_COMMAND=("$VIRTIOBLKD" --socket-path "$socket" --blk-file "$image" --format "$format"
-            --allow-path "$(dirname "$image")" "$@")
+        BACKEND_COMMAND=("$VIRTIOBLKD" --socket-path "$socket" --blk-file "$image" --format "$format" "$@")
     else
         storage_daemon_command "$socket" "$image" "$format" "$@"
     fi

@@ -115,18 +115,20 @@ run_with_dots() {
     fi
 }
 
-# follow_file FILE PID PREFIX: copies lines to the terminal as they come, until PID ends.
+# follow_file FILE PID PREFIX SECONDS: copies lines to the terminal as they come, until PID ends; false when
+# that takes longer.
 follow_file() {
-    local file=$1 pid=$2 prefix=$3 line count=0 finished=no
+    local file=$1 pid=$2 prefix=$3 deadline=$((SECONDS + $4)) line count=0 finished=no
     while true; do
         alive "$pid" || finished=yes
         while IFS= read -r line; do
             count=$((count + 1))
-            line=${line%$'\r'}
+            while [[ $line == *$'\r' ]]; do line=${line%$'\r'}; done
             # Of what was written over itself on one line, the last.
-            printf '%s%s\n' "$prefix" "${line##*$'\r'}" >&2
+            [[ -z $line ]] || printf '%s%s\n' "$prefix" "${line##*$'\r'}" >&2
         done < <(tail -n "+$((count + 1))" "$file" 2>/dev/null)
         [[ $finished == no ]] || return 0
+        ((SECONDS <= deadline)) || return 1
         sleep 0.3
     done
 }

@@ -8,7 +8,7 @@ GUEST_KERNEL=$GUEST_DIR/vmlinuz
 GUEST_INITRD_SMALL=$GUEST_DIR/initrd-small
 GUEST_INITRD=$GUEST_DIR/initrd
 
-GUEST_MODULES=(virtio_pci virtio_blk crc32c_generic crc32c_intel ext4 qemu_fw_cfg)
+GUEST_MODULES=(virtio_pci virtio_blk crc32c_generic crc32c_intel ext4)
 
 # fetch_package PACKAGE DIR: unpacks the distribution's package there.
 fetch_package() {
@@ -108,6 +108,7 @@ build_initramfs() {
     # dpkg's own idea of where modules are differs between releases (lib or usr/lib).
     dir=$(find "$GUEST_DIR/root" -type d -path '*lib/modules/*' -name kernel -prune -printf '%h\n' | sed -n 1p)
     [[ -n $dir ]] || die "no modules in the kernel package (remove $GUEST_DIR and try again)"
+    : >"$stage/modules/list"
     while IFS= read -r module; do
         name=$(basename "${module%.ko*}").ko
         case $module in
@@ -115,7 +116,7 @@ build_initramfs() {
         *.zst) zstd -qdc "$module" ;;
         *) cat "$module" ;;
         esac >"$stage/modules/$name"
-        printf '/modules/%s\n' "$name" >>"$stage/etc/modules"
+        printf '/modules/%s\n' "$name" >>"$stage/modules/list"
     done < <(module_files "$dir" "${GUEST_MODULES[@]}" | awk '!seen[$0]++')
     pack_initramfs "$stage" "$GUEST_INITRD_SMALL"
 

@@ -40,10 +40,13 @@ vm_linux() {
     VM_ARGS+=(-kernel "$GUEST_KERNEL" -initrd "$1" -append "$(linux_parameters) ${2:-}")
 }
 
-linux_parameters() { printf 'console=ttyS0 quiet loglevel=4 panic=-1 tsc=reliable no_timer_check'; }
+linux_parameters() { printf 'console=ttyS0 quiet loglevel=4 panic=-1'; }
 
 # vm_script FILE: what the guest's init runs.
-vm_script() { VM_ARGS+=(-fw_cfg "name=opt/virtioblkd/script,file=$1"); }
+vm_script() {
+    printf '\n#script-begin\n%s\n#script-end\n' "$(cat "$1")" >"$RUN_DIR/$VM_NAME.smbios"
+    VM_ARGS+=(-smbios "type=11,path=$VM_NAME.smbios")
+}
 
 # vm_uefi: OVMF instead of SeaBIOS.
 vm_uefi() {

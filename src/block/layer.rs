@@ -5,8 +5,7 @@ use std::sync::Arc;
 use crate::reactor::{Io, Sg};
 
 use super::error::Result;
-use super::qcow2::{Below, Compressed, Extent, Qcow2};
-use super::stack::read_chain;
+use super::qcow2::{Compressed, Extent, Qcow2};
 use super::storage::Storage;
 
 /// What a range of a layer is made of, from its first byte on. Every `len` is in bytes, at least 1 and
@@ -194,13 +193,6 @@ impl Layer {
             #[cfg(test)]
             Self::Made(_) => Ok(()),
         }
-    }
-}
-
-/// What the holes of an image show: the layers below it.
-impl Below for [Layer] {
-    async fn read(&self, io: &Io, offset: u64, to: Sg<'_>) -> Result<()> {
-        read_chain(self, io, offset, to).await
     }
 }
 

@@ -149,19 +149,21 @@ impl<'a> Pieces<'a> {
 
 /// Transfers under way, finished in the order in which they began.
 #[derive(Default)]
-struct Window<'a> {
+pub(super) struct Window<'a> {
     slots: [Option<Pending<'a>>; WINDOW],
     oldest: usize,
     count: usize,
 }
 
 impl<'a> Window<'a> {
-    fn push(&mut self, pending: Pending<'a>) {
+    /// Adds one; [`Window::make_room`] was called before.
+    pub(super) fn push(&mut self, pending: Pending<'a>) {
         self.slots[(self.oldest + self.count) % WINDOW] = Some(pending);
         self.count += 1;
     }
 
-    async fn make_room(&mut self, io: &Io) -> Result<()> {
+    /// Finishes the oldest if there is no room for another.
+    pub(super) async fn make_room(&mut self, io: &Io) -> Result<()> {
         if self.count < WINDOW {
             return Ok(());
         }
@@ -179,7 +181,7 @@ impl<'a> Window<'a> {
     }
 
     /// Finishes all; the first error.
-    async fn finish_all(&mut self, io: &Io) -> Result<()> {
+    pub(super) async fn finish_all(&mut self, io: &Io) -> Result<()> {
         let mut first: Option<Error> = None;
         while self.count > 0 {
             if let Err(error) = self.finish_oldest(io).await {

@@ -1,18 +1,20 @@
 //! A worker thread and its loop.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use log::{error, info};
+use log::{error, info, warn};
 
 use super::mailbox::{Command, Mailbox};
 use super::poll::{Idle, PollConfig, Poller};
 use super::queue::Queue;
-use crate::reactor::{Io, IoConfig};
+use crate::block::ActiveDisk;
+use crate::reactor::{Io, IoConfig, TaskId};
 
 /// Starts a worker; returns once it runs, or with what kept it from running.
 pub(super) fn spawn(
@@ -82,8 +84,23 @@ struct Worker {
     io: Io,
     mailbox: Arc<Mailbox>,
     queues: Vec<Rc<Queue>>,
+    /// By device: the task that keeps its disk from having too much unwritten.
+    housekeepers: BTreeMap<u32, TaskId>,
     poller: Poller,
     shutdown: bool,
+}
+
+/// How often a disk is asked whether something has waited too long to be written.
+const HOUSEKEEPING: Duration = Duration::from_secs(1);
+
+async fn keep_house(io: Io, disk: Arc<ActiveDisk>) {
+    loop {
+        io.sleep(HOUSEKEEPING).await;
+        if let Err(error) = disk.write_back_if_due(&io).await {
+            // The guest learns of it by its next flush.
+            warn!("writing back ahead of a flush: {error}");
+        }
+    }
 }
 
 impl Worker {
@@ -92,6 +109,7 @@ impl Worker {
             io,
             mailbox,
             queues: Vec::new(),
+            housekeepers: BTreeMap::new(),
             poller: Poller::new(poll),
             shutdown: false,
         }
@@ -151,6 +169,14 @@ impl Worker {
             .into_iter()
             .partition(|queue| queue.is_stopped());
         self.queues = running;
+        let (queues, io) = (&self.queues, &self.io);
+        self.housekeepers.retain(|device, task| {
+            let needed = queues.iter().any(|queue| queue.key.0 == *device);
+            if !needed {
+                io.remove(*task);
+            }
+            needed
+        });
         let stopped: Vec<Rc<Queue>> = stopped;
         for queue in stopped {
             queue.end();
@@ -169,13 +195,14 @@ impl Worker {
             // A reply that nobody waits for any more is no loss.
             match command {
                 Command::Start { key, start, reply } => {
-                    let _ = reply.send(match Queue::start(key, &self.io, *start) {
-                        Ok(queue) => {
-                            self.queues.push(queue);
-                            Ok(())
-                        }
-                        Err(error) => Err(error),
-                    });
+                    let disk = start.disk.clone();
+                    let started = Queue::start(key, &self.io, *start);
+                    let _ = reply.send(started.map(|queue| {
+                        self.queues.push(queue);
+                        self.housekeepers
+                            .entry(key.0)
+                            .or_insert_with(|| self.io.spawn(keep_house(self.io.clone(), disk)));
+                    }));
                 }
                 Command::Stop { key, reply } => match self.find(key) {
                     Some(queue) => queue.stop(reply),

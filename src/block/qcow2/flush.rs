@@ -25,12 +25,14 @@
 //! file is never thrown out and loaded again.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_lock::Mutex;
 
 use super::Qcow2;
+use super::alloc::Allocator;
 use super::slice::{ORDERED, Pinned};
 use super::tables::Tables;
 use crate::block::error::Result;
@@ -93,14 +95,24 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Writes mappings back if there are many, or old ones. To be called from a timer, once a second or so:
-    /// it bounds what the next flush has to write.
+    /// What the first step of a flush decides: must data be durable before the mappings are written?
+    #[cfg(test)]
+    pub(super) fn would_order(&self, io: &Io) -> bool {
+        Snapshot::take(io, &self.tables).ordered
+    }
+
+    /// Writes mappings back if there are many, or old ones, and lets clusters out of limbo that no flush
+    /// asks after any more. To be called from a timer, once a second or so: it bounds what the next flush
+    /// has to write.
     ///
     /// # Errors
     /// As [`Qcow2::flush`].
     pub async fn write_back_if_due(&self, io: &Io) -> Result<()> {
         let (slices, age) = self.tables.dirty();
-        let due = slices >= self.tables.write_back_threshold() || age.is_some_and(|a| a >= MAX_AGE);
+        let forgotten = |alloc: &Arc<Allocator>| age.is_none() && alloc.in_limbo() > 0;
+        let due = slices >= self.tables.write_back_threshold()
+            || age.is_some_and(|age| age >= MAX_AGE)
+            || self.alloc.as_ref().is_some_and(forgotten);
         if due { self.flush(io).await } else { Ok(()) }
     }
 
@@ -162,7 +174,11 @@ impl<'a> Snapshot<'a> {
         for run in places.chunk_by(neighbours).flat_map(|r| r.chunks(most)) {
             let mut buf = io.buf(run.len() * bytes);
             for (place, to) in run.iter().zip(buf.chunks_exact_mut(bytes)) {
-                snapshot.slices[place.1].0.encode(to);
+                let slice = &snapshot.slices[place.1].0;
+                slice.encode(to);
+                // A writer may be between publishing and marking: what was copied counts, not what was
+                // marked when the flags were taken.
+                snapshot.ordered |= slice.is_ordered();
             }
             snapshot.writes.push((run[0].0, buf));
         }
@@ -171,6 +187,8 @@ impl<'a> Snapshot<'a> {
             let offset = tables.encode_l1(*unit, &mut buf);
             snapshot.writes.push((offset.0, buf));
         }
+        // The same for L1 entries, which change under the lock that this takes.
+        snapshot.ordered |= tables.is_l1_ordered();
         snapshot
     }
 

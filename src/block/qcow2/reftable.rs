@@ -192,7 +192,7 @@ impl Refcounts {
             self.make_room(io, storage).await?;
             let mut buf = io.buf(self.cluster_size());
             storage.read(io, offset, buf.sg()).await?;
-            self.insert(index, buf.as_ref().into());
+            self.insert(index, (*buf).into());
         }
         self.clock += 1;
         let now = self.clock;

@@ -102,6 +102,20 @@ impl Slice {
         self.dirty.fetch_or(flags, Ordering::AcqRel)
     }
 
+    /// Called *before* entries are published that may be written only after their data: whoever copies
+    /// such an entry and asks [`Slice::is_ordered`] afterwards is told, though the slice is not marked
+    /// dirty before the publication is over.
+    pub(super) fn note_order(&self, ordered: bool) {
+        if ordered {
+            self.dirty.fetch_or(ORDERED, Ordering::AcqRel);
+        }
+    }
+
+    /// True if an entry that was published so far may be written only after a flush of data.
+    pub(super) fn is_ordered(&self) -> bool {
+        self.dirty.load(Ordering::Acquire) & ORDERED != 0
+    }
+
     pub(super) fn take_dirty(&self) -> u8 {
         self.dirty.swap(0, Ordering::AcqRel)
     }

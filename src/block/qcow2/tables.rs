@@ -284,10 +284,11 @@ impl Tables {
     /// Points the slice's L1 entry at a new L2 table.
     pub(super) fn link_table(&self, slice: u64, table: HostOffset, ordered: bool) {
         let index = self.l1_index(slice);
+        // Locked from before the store, so that who has seen the entry finds its order noted.
+        let mut dirty = lock(&self.dirty);
         if let Some(entry) = self.l1.get(index) {
             entry.store(entry::data(table), Ordering::Release);
         }
-        let mut dirty = lock(&self.dirty);
         dirty.l1_units.insert(index as u64 / (self.l1_unit() / 8));
         dirty.l1_ordered |= ordered;
         dirty.since.get_or_insert_with(Instant::now);
@@ -296,6 +297,11 @@ impl Tables {
     /// Takes all that is dirty; what a failed flush took comes back by [`Tables::put_dirty`].
     pub(super) fn take_dirty(&self) -> Dirty {
         std::mem::take(&mut *lock(&self.dirty))
+    }
+
+    /// True if an L1 entry that was linked so far may be written only after a flush of data.
+    pub(super) fn is_l1_ordered(&self) -> bool {
+        lock(&self.dirty).l1_ordered
     }
 
     /// Marks L1 units as dirty again.

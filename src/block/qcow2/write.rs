@@ -25,6 +25,7 @@ use super::claim::{Attempt, Claim};
 use super::entry::{self, Entry, decode};
 use super::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
 use crate::block::error::{Error, ErrorKind, Result};
+use crate::block::stack::Window;
 use crate::reactor::{AlignedBuf, Io, Sg};
 
 /// Where a write goes.
@@ -58,16 +59,56 @@ impl Qcow2 {
     ) -> Result<()> {
         self.check_range(offset, from.len() as u64)?;
         self.check_writes()?;
-        let (mut offset, mut rest) = (offset, from);
+        // The common case: the whole range lies in one piece, in clusters that are ours alone.
+        if let Target::InPlace { host, len } = self.target(offset, from.len() as u64) {
+            if len == from.len() as u64 {
+                return self.storage.write(io, host.0, from).await;
+            }
+        }
+        let mut window = Window::default();
+        let written = self
+            .write_pieces(io, below, offset, from, &mut window)
+            .await;
+        // Whatever happened, what is under way ends before its memory is let go.
+        let ended = window.finish_all(io).await;
+        written.and(ended)
+    }
+
+    /// Writes run by run. Runs in place stay under way in `window` while the next are looked for; all have
+    /// ended before this waits for anything else. A transfer under way may hold blocks of the device
+    /// ([`Storage`](crate::block::storage::Storage) keeps writes to parts of a block apart): with one at
+    /// hand, waiting for a claim or for a block of which only a part is written could be waiting in a ring.
+    async fn write_pieces<'a, B: Below + ?Sized>(
+        &'a self,
+        io: &'a Io,
+        below: &B,
+        mut offset: u64,
+        mut rest: Sg<'a>,
+        window: &mut Window<'a>,
+    ) -> Result<()> {
+        let align = self.storage.limits().io_align as u64;
         while !rest.is_empty() {
-            let done = match self.target(offset, rest.len() as u64) {
+            let target = self.target(offset, rest.len() as u64);
+            let done = match target {
+                Target::InPlace { host, len } if (host.0 | len) & (align - 1) == 0 => {
+                    let (part, _) = rest.split_at(len as usize);
+                    window.make_room(io).await?;
+                    window.push(self.storage.begin_write(io, host.0, part));
+                    len
+                }
                 Target::InPlace { host, len } => {
+                    window.finish_all(io).await?;
                     let (part, _) = rest.split_at(len as usize);
                     self.storage.write(io, host.0, part).await?;
                     len
                 }
-                Target::Claim => self.write_new(io, below, offset, rest).await?,
-                other => self.prepare(io, other).await?,
+                other => {
+                    window.finish_all(io).await?;
+                    match other {
+                        Target::Claim => self.write_new(io, below, offset, rest).await?,
+                        other => self.prepare(io, other).await?,
+                    }
+                }
             };
             offset += done;
             rest = rest.split_at(done as usize).1;
@@ -233,12 +274,14 @@ impl Qcow2 {
             &mut tail,
         )
         .await?;
+        // The host cluster may hold old data durably: not to be seen before the new.
+        let ordered = true;
+        claim.slice().note_order(ordered);
         for n in 0..claim.count() {
             let host = HostOffset(host.0 + ((n as u64) << g.cluster_bits));
             claim.publish(n, entry::data(host));
         }
-        // The host cluster may hold old data durably: not to be seen before the new.
-        self.tables.mark_dirty(claim.slice(), true);
+        self.tables.mark_dirty(claim.slice(), ordered);
         Ok(len)
     }
 
@@ -279,12 +322,12 @@ impl Qcow2 {
         self.write_around(io, host, &mut head, part, &mut tail)
             .await?;
 
-        let mut ordered = !fresh.zeroed();
+        let zeros = fresh.zeroed() && (0..claim.count()).all(|n| self.reads_zero(claim.get(n)));
+        let ordered = !zeros;
+        claim.slice().note_order(ordered);
         let mut freed = Freed::default();
         for n in 0..claim.count() {
-            let old = claim.get(n);
-            ordered |= !self.reads_zero(old);
-            freed.note(self, old);
+            freed.note(self, claim.get(n));
             claim.publish(
                 n,
                 entry::data(g.host_offset(HostCluster(first.0 + n as u64))),

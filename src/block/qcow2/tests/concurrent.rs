@@ -87,6 +87,29 @@ fn concurrent_first_writes_to_one_cluster() {
 }
 
 #[test]
+fn flushes_asked_for_together_are_done_as_one() {
+    let images = Images::new();
+    images.create("a", "cluster_size=64k", 1 << 20);
+    let io = reactor();
+    let config = Sim {
+        delay: 5,
+        ..Sim::default()
+    };
+    let storage = sim(images.bytes("a"), config);
+    let image = Rc::new(io.block_on(open(&io, &storage, WRITE)).expect("open"));
+    the_sim(&storage).take_events();
+    let flush = || -> std::pin::Pin<Box<dyn Future<Output = ()>>> {
+        let (io, image) = (io.clone(), image.clone());
+        Box::pin(async move { image.flush(&io).await.expect("flush") })
+    };
+    join(&io, (0..16).map(|_| flush()).collect());
+    let flushes = the_sim(&storage).take_events();
+    // The first, or two of them, began before the others were asked for.
+    assert!(flushes.len() <= 3, "{flushes:?}");
+    io.close();
+}
+
+#[test]
 fn a_write_against_a_discard_and_the_reallocation_of_its_cluster() {
     let images = Images::new();
     images.create("a", "cluster_size=4k", 1 << 20);
@@ -209,7 +232,8 @@ fn a_request_that_is_dropped_in_the_middle_lets_its_clusters_go() {
 }
 
 /// Two threads with several tasks each; sectors have one writer, clusters have several.
-fn threads(storage: &Arc<Storage>, options: Options, below: &Vec<u8>, size: u64, want: &mut [u8]) {
+fn threads(storage: &Arc<Storage>, options: Options, steps: u32, below: &Vec<u8>, want: &mut [u8]) {
+    let size = want.len() as u64;
     const THREADS: u64 = 2;
     const TASKS: u64 = 3;
     let epochs = Epochs::new();
@@ -230,7 +254,7 @@ fn threads(storage: &Arc<Storage>, options: Options, below: &Vec<u8>, size: u64,
                             let mut state = owner + task + 1;
                             let mut mine = std::collections::BTreeMap::new();
                             let stripes = size / 2048 / (THREADS * TASKS);
-                            for _ in 0..400 {
+                            for _ in 0..steps {
                                 let stripe =
                                     random(&mut state) % stripes * THREADS * TASKS + owner + task;
                                 let at = stripe * 2048;
@@ -353,7 +377,7 @@ fn two_threads_share_clusters_of_a_simulated_image() {
             l2_cache_bytes: cache,
             ..WRITE
         };
-        threads(&storage, options, &below, size, &mut want);
+        threads(&storage, options, 300, &below, &mut want);
         judge_file(
             &images,
             &the_sim(&storage).image(),
@@ -384,7 +408,7 @@ fn two_threads_share_clusters_of_a_real_file() {
             has_backing: true,
             ..WRITE
         };
-        threads(&storage, options, &below, size, &mut want);
+        threads(&storage, options, 60, &below, &mut want);
         drop(storage);
         judge_file(
             &images,
