@@ -118,6 +118,31 @@ fn sigterm_with_requests_in_flight_drains_and_exits_with_success() {
 }
 
 #[test]
+fn killed_daemon_can_be_started_again_and_keeps_what_was_flushed() {
+    let mut rig = Rig::with("qcow2", 64 * MIB, |d| d);
+    for round in 0..10u8 {
+        let mut device = rig.device();
+        for sector in 0..u64::from(round) {
+            assert_eq!(
+                device.read(1000 * sector, 512).unwrap(),
+                [sector as u8; 512]
+            );
+        }
+        device
+            .write(1000 * u64::from(round), &[round; 512])
+            .unwrap();
+        device.flush().unwrap();
+        fill_with_reads(&mut device, 65536);
+        rig.daemon.kill();
+        // The kernel holds the files of a killed process, and with them the lock, until its io_uring is gone.
+        qemu::wait_unlocked(&rig.image(), "qcow2");
+        rig.restart();
+    }
+    rig.daemon.terminate();
+    qemu::check_no_corruption(&rig.image());
+}
+
+#[test]
 fn sigterm_while_nobody_is_connected() {
     let mut rig = Rig::raw(MIB);
     rig.daemon.terminate();

@@ -133,6 +133,7 @@ fn flush_makes_the_mappings_of_qcow2_survive_a_kill() {
     device.flush().unwrap();
     rig.daemon.kill();
     device.disconnect();
+    frontend::qemu::wait_unlocked(&rig.image(), "qcow2");
     frontend::qemu::check_no_corruption(&rig.image());
     let raw = rig.dir.join("raw");
     let image = rig.image();
