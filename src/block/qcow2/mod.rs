@@ -15,6 +15,7 @@
 mod alloc;
 mod arena;
 mod below;
+pub mod check;
 mod claim;
 mod compressed;
 mod discard;

@@ -89,7 +89,10 @@ impl Allocator {
                 run.count << self.cluster_bits,
             );
             match self.storage.allocate(io, at, len).await {
-                Ok(zeroed) => stock.push(Stock { run, zeroed }),
+                Ok(zeroed) => {
+                    self.reach(io, at + len).await?;
+                    stock.push(Stock { run, zeroed });
+                }
                 Err(error) if error.kind() == ErrorKind::NoSpace => {
                     claim.runs.retain(|r| *r != run);
                     lock(&self.orphans).push(run);
@@ -106,6 +109,16 @@ impl Allocator {
         claim.runs.clear();
         self.free_old_tables(slow);
         Ok(stock)
+    }
+
+    /// Makes the file reach to `end`, where reserving space has not done it: metadata may point at
+    /// a table that was not written yet, and nothing may point beyond the end of the file.
+    async fn reach(&self, io: &Io, end: u64) -> Result<()> {
+        const LAST: u64 = 512;
+        if self.storage.len() >= end {
+            return Ok(());
+        }
+        self.storage.write_zeroes(io, end - LAST, LAST, false).await
     }
 
     /// Finds and claims clusters: freed ones, those that the scan comes by, and the rest at the end.

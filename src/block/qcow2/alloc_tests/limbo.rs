@@ -27,6 +27,7 @@ fn a_freed_cluster_is_used_again_only_after_the_flush_that_unlinks_it() {
     assert!(!freed_again(async |io, allocator, victim| {
         let mark = allocator.mark();
         allocator.free(io, victim, 1);
+        io.yield_now().await;
         allocator.settle(io, mark).await.unwrap();
         assert_eq!(allocator.in_limbo(), 1);
         assert_eq!(allocator.refcount(io, victim).await.unwrap(), 1);

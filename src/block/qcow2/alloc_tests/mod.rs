@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::block::error::{ErrorKind, Result};
+use crate::block::qcow2::check::check;
 use crate::block::qcow2::refcount::Width;
 use crate::block::sim::{Kind, Sim, SimStorage, random};
 use crate::reactor::{Epochs, Io, IoConfig};
@@ -64,7 +65,13 @@ fn judge(image: &[u8]) -> Judged {
     }
     .expect("file");
     std::fs::write(file.path(), image).expect("write");
-    judge_file(file.path())
+    let judged = judge_file(file.path());
+    let io = reactor();
+    let copy = sim(image.to_vec(), Sim::default());
+    let ours = io.block_on(check(&io, &copy)).expect("check");
+    let counted = (ours.errors, ours.leaks);
+    assert_eq!(counted, (judged.errors, judged.leaks), "{ours:?}");
+    judged
 }
 
 fn judge_file(path: &std::path::Path) -> Judged {
