@@ -158,6 +158,19 @@ impl ActiveDisk {
         self.top().0.flush(io).await
     }
 
+    /// Writes metadata back that has waited for long, or is much. To be called once a second or so, from
+    /// one thread: it bounds what the next flush has to do.
+    ///
+    /// # Errors
+    /// As [`ActiveDisk::flush`].
+    pub async fn write_back_if_due(&self, io: &Io) -> Result<()> {
+        let _pin = io.pin();
+        if self.read_only {
+            return Ok(());
+        }
+        self.top().0.write_back_if_due(io).await
+    }
+
     #[inline]
     async fn written(&self, io: &Io) -> Result<()> {
         if self.write_through {

@@ -122,6 +122,8 @@ impl FileStorage {
     pub(super) fn refresh(&self) -> Result<()> {
         let len = probe::size(&self.path, self.file.get())?;
         self.len.store(len, Ordering::Release);
+        // Everything is read anew; whoever flushed in vain was told.
+        self.lost.store(0, Ordering::Relaxed);
         Ok(())
     }
 

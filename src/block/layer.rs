@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::reactor::{Io, Sg};
 
-use super::error::{Error, ErrorKind, Result};
+use super::error::Result;
 use super::qcow2::{Compressed, Extent, Qcow2};
 use super::storage::Storage;
 
@@ -123,11 +123,6 @@ impl Layer {
 
 /// Changes: the top layer's.
 impl Layer {
-    fn unwritable(&self) -> Error {
-        let path = self.data().path();
-        Error::image(ErrorKind::ReadOnly, path, None, "opened read-only")
-    }
-
     /// Writes `from` at `offset`. `below` is what the layer's holes show.
     #[inline]
     pub(super) async fn write(
@@ -137,10 +132,11 @@ impl Layer {
         offset: u64,
         from: Sg<'_>,
     ) -> Result<()> {
-        let _ = below;
         match self {
             Self::Raw(raw) => raw.storage.write(io, offset, from).await,
-            _ => Err(self.unwritable()),
+            Self::Qcow2(image) => image.write(io, below, offset, from).await,
+            #[cfg(test)]
+            Self::Made(_) => Ok(()),
         }
     }
 
@@ -148,7 +144,9 @@ impl Layer {
     pub(super) async fn discard(&self, io: &Io, offset: u64, len: u64) -> Result<()> {
         match self {
             Self::Raw(raw) => raw.storage.discard(io, offset, len).await,
-            _ => Err(self.unwritable()),
+            Self::Qcow2(image) => image.discard(io, offset, len).await,
+            #[cfg(test)]
+            Self::Made(_) => Ok(()),
         }
     }
 
@@ -161,10 +159,11 @@ impl Layer {
         len: u64,
         unmap: bool,
     ) -> Result<()> {
-        let _ = below;
         match self {
             Self::Raw(raw) => raw.storage.write_zeroes(io, offset, len, unmap).await,
-            _ => Err(self.unwritable()),
+            Self::Qcow2(image) => image.write_zeroes(io, below, offset, len, unmap).await,
+            #[cfg(test)]
+            Self::Made(_) => Ok(()),
         }
     }
 
@@ -172,6 +171,16 @@ impl Layer {
     pub(super) async fn flush(&self, io: &Io) -> Result<()> {
         match self {
             Self::Raw(raw) => raw.storage.flush(io).await,
+            Self::Qcow2(image) => image.flush(io).await,
+            #[cfg(test)]
+            Self::Made(_) => Ok(()),
+        }
+    }
+
+    /// Writes metadata back that has waited for long, or is much.
+    pub(super) async fn write_back_if_due(&self, io: &Io) -> Result<()> {
+        match self {
+            Self::Qcow2(image) => image.write_back_if_due(io).await,
             _ => Ok(()),
         }
     }
@@ -180,7 +189,9 @@ impl Layer {
     pub(super) async fn close(&self, io: &Io) -> Result<()> {
         match self {
             Self::Raw(raw) => raw.storage.flush(io).await,
-            _ => Ok(()),
+            Self::Qcow2(image) => image.close(io).await,
+            #[cfg(test)]
+            Self::Made(_) => Ok(()),
         }
     }
 }

@@ -5,30 +5,30 @@ use super::super::tests::{dir, io, pattern};
 use super::*;
 use crate::reactor::Io;
 
-struct Folder {
+pub(super) struct Folder {
     dir: tempfile::TempDir,
-    io: Io,
+    pub(super) io: Io,
 }
 
 impl Folder {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             dir: dir(),
             io: io(),
         }
     }
 
-    fn at(&self, name: &str) -> PathBuf {
+    pub(super) fn at(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    fn put(&self, name: &str, data: &[u8]) -> PathBuf {
+    pub(super) fn put(&self, name: &str, data: &[u8]) -> PathBuf {
         std::fs::write(self.at(name), data).unwrap();
         self.at(name)
     }
 
     /// Runs a QEMU tool in the folder; what it said on standard error if it failed.
-    fn run(&self, line: &[&str]) -> std::result::Result<(), String> {
+    pub(super) fn run(&self, line: &[&str]) -> std::result::Result<(), String> {
         let output = Command::new(line[0])
             .args(&line[1..])
             .current_dir(self.dir.path())
@@ -40,32 +40,32 @@ impl Folder {
         }
     }
 
-    fn tool(&self, line: &[&str]) {
+    pub(super) fn tool(&self, line: &[&str]) {
         self.run(line).unwrap();
     }
 
-    fn spec(&self, name: &str, format: Format) -> DiskSpec {
+    pub(super) fn spec(&self, name: &str, format: Format) -> DiskSpec {
         let path = self.at(name);
         DiskSpec::new(Source::File { path }, format)
     }
 
-    fn open(&self, spec: &DiskSpec) -> Result<Disk> {
+    pub(super) fn open(&self, spec: &DiskSpec) -> Result<Disk> {
         self.io.block_on(Disk::open(&self.io, spec.clone()))
     }
 
-    fn open_qcow2(&self, name: &str) -> Result<Disk> {
+    pub(super) fn open_qcow2(&self, name: &str) -> Result<Disk> {
         self.open(&self.spec(name, Format::Qcow2))
     }
 
-    fn activate(&self, disk: &Disk) -> Result<Arc<ActiveDisk>> {
+    pub(super) fn activate(&self, disk: &Disk) -> Result<Arc<ActiveDisk>> {
         self.io.block_on(disk.activate(&self.io, 0))
     }
 
-    fn deactivate(&self, disk: Arc<ActiveDisk>) -> Result<()> {
+    pub(super) fn deactivate(&self, disk: Arc<ActiveDisk>) -> Result<()> {
         self.io.block_on(disk.deactivate(&self.io))
     }
 
-    fn read(&self, disk: &ActiveDisk, offset: u64, len: usize) -> Result<Vec<u8>> {
+    pub(super) fn read(&self, disk: &ActiveDisk, offset: u64, len: usize) -> Result<Vec<u8>> {
         let mut buf = self.io.buf(len);
         buf.fill(0xee);
         self.io
@@ -73,7 +73,7 @@ impl Folder {
         Ok(buf.to_vec())
     }
 
-    fn write(&self, disk: &ActiveDisk, offset: u64, data: &[u8]) -> Result<()> {
+    pub(super) fn write(&self, disk: &ActiveDisk, offset: u64, data: &[u8]) -> Result<()> {
         let mut buf = self.io.buf(data.len());
         buf.copy_from_slice(data);
         self.io
@@ -81,7 +81,7 @@ impl Folder {
     }
 
     /// All that a chain shows, by this program, read-only.
-    fn contents(&self, name: &str, format: Format) -> Vec<u8> {
+    pub(super) fn contents(&self, name: &str, format: Format) -> Vec<u8> {
         let mut spec = self.spec(name, format);
         spec.read_only = true;
         let disk = self.open(&spec).unwrap();
@@ -92,7 +92,7 @@ impl Folder {
     }
 
     /// All that a chain shows, by qemu-img.
-    fn by_qemu(&self, name: &str) -> Vec<u8> {
+    pub(super) fn by_qemu(&self, name: &str) -> Vec<u8> {
         self.tool(&[
             "qemu-img", "convert", "-f", "qcow2", "-O", "raw", name, "out.raw",
         ]);
