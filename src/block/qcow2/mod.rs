@@ -10,6 +10,7 @@
 //! | `claim`, `write`, `discard` | changing: one claimed run of clusters after another |
 //! | `alloc`, `refill`, `arena`, `limbo` | host clusters: handed out, made ready, freed |
 //! | `reftable`, `refcount` | the refcount table, its blocks and their entries |
+//! | [`check`] | counting references, as `qemu-img check` does |
 //! | `flush` | from memory to the file, in the order that survives a power loss |
 
 mod alloc;

@@ -189,6 +189,54 @@ fn a_write_against_a_discard_and_the_reallocation_of_its_cluster() {
 }
 
 #[test]
+fn a_late_write_does_not_hit_a_cluster_that_was_discarded_under_it() {
+    let images = Images::new();
+    images.create("a", "cluster_size=4k", 8 << 20);
+    images.qemu_io("a", &["write -P 1 0 64k"]);
+    let io = reactor();
+    let storage = sim(images.bytes("a"), Sim::default());
+    io.block_on(async {
+        let image = open(&io, &storage, WRITE).await.expect("open");
+        // A write that has looked its clusters up, and whose I/O takes long.
+        let slow_request = io.pin();
+        let Ok(Extent::Data { host, len: 65536 }) = image.map(&io, 0, 65536).await else {
+            panic!("data in a row");
+        };
+        image.discard(&io, 0, 65536).await.expect("discard");
+        // Enough new clusters for several refills, which take what is free inside the file first.
+        for n in 0..400u64 {
+            let mut buf = io.buf(4096);
+            buf.copy_from_slice(&noise(n, 4096));
+            image
+                .write(&io, &(), (1 << 20) + n * 4096, buf.sg())
+                .await
+                .expect("write");
+            if n % 8 == 0 {
+                image.flush(&io).await.expect("flush");
+                io.yield_now().await;
+            }
+        }
+        let mut late = io.buf(65536);
+        late.fill(0xee);
+        storage
+            .write(&io, host.0, late.sg())
+            .await
+            .expect("the late write");
+        drop(slow_request);
+        for n in 0..400u64 {
+            let mut buf = io.buf(4096);
+            read(&io, &image, &(), (1 << 20) + n * 4096, buf.sg())
+                .await
+                .expect("read");
+            assert_same(&buf, &noise(n, 4096), "somebody else's cluster");
+        }
+        image.close(&io).await.expect("close");
+    });
+    assert_eq!(judge::Judge::new(&the_sim(&storage).image()).check(), 0);
+    io.close();
+}
+
+#[test]
 fn a_request_that_is_dropped_in_the_middle_lets_its_clusters_go() {
     let images = Images::new();
     images.create("a", "cluster_size=4k", 1 << 20);
