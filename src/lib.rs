@@ -8,6 +8,8 @@
 //! | room | what lives there |
 //! | --- | --- |
 //! | [`cli`], [`config`] | what the user wrote; what it means once checked |
+//! | [`assembly`] | from a checked configuration to a running daemon |
+//! | [`daemon`] | the life cycle: listen, serve one VMM, listen again, signals |
 //! | [`vhost_user`] | the control plane: one connection with a VMM |
 //! | [`dataplane`] | the worker threads that own virtqueues and run requests to completion |
 //! | [`virtio`] | what the guest sees: memory, rings, virtio-blk requests, the configuration space |
@@ -17,6 +19,7 @@
 //! `virtio` and `block` do not know each other; `dataplane` joins them.
 //! `docs/architecture.md` tells the whole story.
 
+pub mod assembly;
 pub mod block;
 pub mod cli;
 pub mod config;

@@ -1,1 +1,22 @@
-fn main() {}
+//! The `virtioblkd` program: parse, build, run.
+
+use std::process::ExitCode;
+
+use virtioblkd::assembly;
+use virtioblkd::cli::{self, Invocation};
+
+fn main() -> ExitCode {
+    match cli::load() {
+        Ok(Invocation::PrintCapabilities) => println!("{}", cli::capabilities()),
+        Ok(Invocation::CheckConfig(config)) => println!("{config}"),
+        Ok(Invocation::Run(config)) => {
+            cli::start_logging(&config);
+            if let Err(error) = assembly::run(&config) {
+                log::error!("{error}");
+                return ExitCode::FAILURE;
+            }
+        }
+        Err(error) => error.exit(),
+    }
+    ExitCode::SUCCESS
+}

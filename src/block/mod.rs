@@ -4,3 +4,30 @@
 //! locks, reads the metadata and gives the `ActiveDisk` that serves requests. Giving the active disk
 //! back flushes everything and releases the locks (`ActiveDisk::deactivate`). So another process may
 //! own the image at any time at which no ring runs here.
+
+mod active;
+mod chain;
+#[cfg(test)]
+mod device_tests;
+pub mod disk;
+pub mod error;
+pub mod file;
+pub mod layer;
+pub mod lock;
+pub mod null;
+pub mod qcow2;
+#[cfg(test)]
+pub mod sim;
+pub mod stack;
+pub mod storage;
+#[cfg(test)]
+mod tests;
+
+pub use disk::{ActiveDisk, CacheMode, Disk, DiskLimits, DiskSpec, Format, Source};
+pub use error::{Error, ErrorKind, Result};
+pub use file::{FileOptions, FileStorage};
+pub use layer::{Layer, Mapping, Raw};
+pub use lock::Role;
+pub use null::NullStorage;
+pub use stack::read_chain;
+pub use storage::{Limits, Pending, Storage};

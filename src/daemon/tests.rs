@@ -90,6 +90,9 @@ fn place() -> Place {
 
 #[test]
 fn vmm_dies_and_the_next_one_is_served() {
+    if !alone("daemon::tests::vmm_dies_and_the_next_one_is_served") {
+        return;
+    }
     let place = place();
     let device = FakeDevice::new();
     let (stopper, thread) = run(vec![endpoint(&place.socket, &device)], &Options::default());
@@ -130,6 +133,9 @@ fn second_client_is_refused_at_once() {
 
 #[test]
 fn reconnect_is_never_taken_for_a_second_client() {
+    if !alone("daemon::tests::reconnect_is_never_taken_for_a_second_client") {
+        return;
+    }
     let place = place();
     let device = FakeDevice::new();
     let (stopper, thread) = run(vec![endpoint(&place.socket, &device)], &Options::default());
@@ -141,7 +147,7 @@ fn reconnect_is_never_taken_for_a_second_client() {
             let _slow = device.gate.lock().unwrap();
             old.send(Req::SET_VRING_ENABLE, 0, &state(0, 1), &[]);
             old.send(Req::RESET_DEVICE, 0, &[], &[]);
-            for _ in 0..100 {
+            for _ in 0..200 {
                 old.send(Req::SET_VRING_ENABLE, 0, &state(0, 0), &[]);
             }
             drop(old);
@@ -273,6 +279,9 @@ fn second_signal_ends_at_once() {
 
 #[test]
 fn one_disk_that_drains_does_not_hold_up_another() {
+    if !alone("daemon::tests::one_disk_that_drains_does_not_hold_up_another") {
+        return;
+    }
     let (one, two) = (place(), place());
     let (slow, quick) = (FakeDevice::new(), FakeDevice::new());
     let endpoints = vec![endpoint(&one.socket, &slow), endpoint(&two.socket, &quick)];
@@ -294,6 +303,9 @@ fn one_disk_that_drains_does_not_hold_up_another() {
 
 #[test]
 fn once_ends_after_the_first_vmm_that_spoke() {
+    if !alone("daemon::tests::once_ends_after_the_first_vmm_that_spoke") {
+        return;
+    }
     let place = place();
     let device = FakeDevice::new();
     let options = Options {
@@ -329,6 +341,9 @@ fn given_connection_is_served_to_its_end() {
 
 #[test]
 fn given_listener_is_served_again_and_again() {
+    if !alone("daemon::tests::given_listener_is_served_again_and_again") {
+        return;
+    }
     let place = place();
     let device = FakeDevice::new();
     let given = UnixListener::bind(&place.socket).unwrap();
@@ -378,4 +393,37 @@ fn failed_start_leaves_nothing_behind() {
     let error = Daemon::new(endpoints, &options).err().unwrap();
     assert!(error.to_string().contains("missing/disk.sock"), "{error}");
     assert_eq!(fs::read_dir(place._dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn libblkio_connects_starts_and_leaves_several_times() {
+    if !alone("daemon::tests::libblkio_connects_starts_and_leaves_several_times") {
+        return;
+    }
+    let place = place();
+    let device = FakeDevice::new();
+    let (stopper, thread) = run(vec![endpoint(&place.socket, &device)], &Options::default());
+    for _ in 0..3 {
+        let mut blkio = blkio::Blkio::new("virtio-blk-vhost-user").unwrap();
+        blkio
+            .set_str("path", place.socket.to_str().unwrap())
+            .unwrap();
+        blkio.connect().unwrap();
+        blkio.set_i32("num-queues", 2).unwrap();
+        blkio.start().unwrap();
+        let region = blkio.alloc_mem_region(12345).unwrap();
+        blkio.map_mem_region(&region).unwrap();
+        // Two rings run, and the region has been added under them.
+        let calls = device.calls();
+        let started = |index| calls.contains(&Asked::Start(index, 0));
+        assert!(started(0) && started(1), "{calls:?}");
+        assert_eq!(calls.last(), Some(&Asked::Memory(2)));
+        for start in device.starts() {
+            assert!(start.kick.is_some());
+        }
+        blkio.unmap_mem_region(&region);
+        drop(blkio);
+    }
+    stopper.stop();
+    thread.join().unwrap();
 }

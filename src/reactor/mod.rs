@@ -26,4 +26,4 @@ pub use epoch::{Epoch, Epochs, Pin};
 pub use executor::TaskId;
 pub use file::IoFile;
 pub use op::Op;
-pub use ring::{Io, IoConfig};
+pub use ring::{Doorbell, Io, IoConfig};

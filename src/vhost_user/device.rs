@@ -4,7 +4,8 @@ use std::fs::File;
 use std::sync::Arc;
 
 use crate::virtio::memory::GuestMemory;
-use crate::virtio::ring::RingConfig;
+
+pub use crate::dataplane::device::RingStart;
 
 /// What a session needs from the device it serves; implemented over the data plane.
 ///
@@ -64,25 +65,7 @@ pub trait Device: Send + Sync {
     /// Stops every ring without answering the guest any more, as after `RESET_DEVICE` or the end of the
     /// connection. Requests in flight are waited for, since they point into the guest's memory. The
     /// image is flushed, its lock released and the memory let go before this returns. Does nothing when
-    /// no ring runs.
+    /// no ring runs: QEMU also resets on every pause of the machine, so what the driver set (the write
+    /// cache) has to stay.
     fn reset(&self);
-}
-
-/// Everything a ring starts with.
-#[derive(Debug)]
-pub struct RingStart {
-    /// The guest's memory as it is now.
-    pub memory: Arc<GuestMemory>,
-    /// Size, guest addresses and first available index of the ring.
-    pub config: RingConfig,
-    /// The features that the driver accepted.
-    pub features: u64,
-    /// The descriptor the driver kicks (an eventfd or a pipe); `None` means that the ring is polled.
-    pub kick: Option<File>,
-    /// The descriptor that tells the guest of used buffers; `None` means that the guest polls.
-    pub call: Option<File>,
-    /// The descriptor that tells the VMM of a broken ring.
-    pub err: Option<File>,
-    /// Whether the ring may fetch requests at once (see [`Device::set_enabled`]).
-    pub enabled: bool,
 }

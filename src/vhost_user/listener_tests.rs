@@ -4,6 +4,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 
+use super::super::testing::{CHILD, alone, is_alone};
 use super::*;
 
 fn listen(path: &Path) -> Result<Listener, ListenError> {
@@ -36,6 +37,9 @@ fn socket_file_lives_as_long_as_its_listener() {
 
 #[test]
 fn stale_socket_file_is_replaced() {
+    if !alone("vhost_user::listener::tests::stale_socket_file_is_replaced") {
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk.sock");
     // A daemon that was killed leaves its file behind.
@@ -162,4 +166,36 @@ fn sockets_for_another_process_are_not_taken() {
     assert!(passed_sockets(Some(std::process::id() + 1), Some(1), "").is_empty());
     assert!(passed_sockets(Some(std::process::id()), None, "").is_empty());
     assert!(passed_sockets(Some(std::process::id()), Some(0), "").is_empty());
+}
+
+#[test]
+fn sockets_from_systemd_are_taken_with_their_names() {
+    if is_alone() {
+        let mut sockets = systemd_sockets();
+        assert_eq!(sockets.len(), 1);
+        let (fd, name) = sockets.remove(0);
+        assert_eq!(name.as_deref(), Some("disk0"));
+        assert!(matches!(Listen::Fd(fd).open(), Ok(Source::Listening(_))));
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(dir.path().join("given")).unwrap();
+    let test = "vhost_user::listener::tests::sockets_from_systemd_are_taken_with_their_names";
+    // The shell puts the socket where systemd would, and tells for which process it is.
+    let script = r#"LISTEN_PID=$$ exec "$0" --exact "$1" --nocapture 3<&0 </dev/null"#;
+    let child = std::process::Command::new("sh")
+        .args(["-c", script])
+        .arg(std::env::current_exe().unwrap())
+        .arg(test)
+        .env("LISTEN_FDS", "1")
+        .env("LISTEN_FDNAMES", "disk0")
+        .env(CHILD, "1")
+        .stdin(std::os::fd::OwnedFd::from(listener))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&child.stdout);
+    assert!(
+        child.status.success() && said.contains("1 passed"),
+        "{said}"
+    );
 }

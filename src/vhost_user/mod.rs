@@ -5,6 +5,7 @@
 //! memory table, rings), and the disk behind it is a [`Device`]. A VMM is trusted no more than a guest:
 //! whatever it sends ends in an error reply or in the end of its connection.
 
+mod blk;
 mod config;
 mod connection;
 mod device;

@@ -23,6 +23,12 @@ use crate::virtio::memory::GuestMemory;
 /// Bit 30: the front-end may negotiate protocol features.
 pub(super) const F_PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
+/// Features that change what lies in the guest's memory or what must be done with it: `VHOST_F_LOG_ALL`,
+/// `ACCESS_PLATFORM`, `RING_PACKED` and `IN_ORDER`. A driver that accepts one of them unoffered cannot be
+/// served. Others are ignored: QEMU offers some of its own accord (`ANY_LAYOUT`, `RING_RESET`) and passes
+/// on that the guest accepted them.
+const BINDING_FEATURES: u64 = 1 << 26 | 1 << 33 | 1 << 34 | 1 << 35;
+
 /// `FEATURES_OK` of the device status (virtio 1.2, section 2.1).
 const STATUS_FEATURES_OK: u8 = 8;
 
@@ -308,7 +314,10 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        info!("{}: device reset", self.name);
+        let running = self.rings.iter().filter(|ring| ring.is_running()).count();
+        if running != 0 {
+            info!("{}: device reset with {running} rings running", self.name);
+        }
         self.device.reset();
         for ring in &mut self.rings {
             ring.reset();
@@ -325,13 +334,18 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_features(&mut self, features: u64) -> Result<()> {
         let offered = self.device.features() | F_PROTOCOL_FEATURES;
+        let unknown = features & !offered;
         self.features_refused = true;
-        if features & !offered != 0 {
+        if unknown & BINDING_FEATURES != 0 {
             return Err(refuse(format!(
                 "features {:#x} were not offered",
-                features & !offered
+                unknown & BINDING_FEATURES
             )));
         }
+        if unknown != 0 {
+            debug!("{}: features {unknown:#x} are not ours", self.name);
+        }
+        let features = features & offered;
         let changed = (features ^ self.features) & !F_PROTOCOL_FEATURES;
         if changed != 0 {
             if let Some(index) = self.rings.iter().position(Ring::is_running) {

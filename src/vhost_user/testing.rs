@@ -377,19 +377,38 @@ impl Bench {
     }
 }
 
-/// Runs the test `name` of this binary again in a process of its own, with `VIRTIOBLKD_TEST_CHILD` set,
-/// for what parallel tests would disturb.
+/// Set in the environment of a test's process of its own.
+pub(crate) const CHILD: &str = "VIRTIOBLKD_TEST_CHILD";
+
+/// Runs the test `name` of this binary again in a process of its own, with [`CHILD`] set, for what
+/// parallel tests would disturb: those that start processes hold every descriptor for the moment between
+/// fork and exec, so that a closed socket or lock is not free at once.
 pub(crate) fn run_alone(name: &str) -> std::process::Output {
     std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", name, "--nocapture", "--test-threads=1"])
-        .env("VIRTIOBLKD_TEST_CHILD", "1")
+        .env(CHILD, "1")
         .output()
         .unwrap()
 }
 
+/// Whether the test `name` is in a process of its own already. If not, it has now passed in one.
+pub(crate) fn alone(name: &str) -> bool {
+    if is_alone() {
+        return true;
+    }
+    let child = run_alone(name);
+    let said = String::from_utf8_lossy(&child.stdout);
+    assert!(
+        child.status.success() && said.contains("1 passed"),
+        "{said}{}",
+        String::from_utf8_lossy(&child.stderr)
+    );
+    false
+}
+
 /// Whether this is the process that [`run_alone`] started.
 pub(crate) fn is_alone() -> bool {
-    std::env::var_os("VIRTIOBLKD_TEST_CHILD").is_some()
+    std::env::var_os(CHILD).is_some()
 }
 
 /// The open descriptors of this process.

@@ -42,6 +42,8 @@ pub struct Disk {
     pub num_queues: u16,
     /// Logical block size.
     pub block_size: Option<u32>,
+    /// Most entries a queue may have (`virtioblkd` only).
+    pub queue_size: Option<u16>,
     /// Serial number.
     pub serial: Option<String>,
     /// Worker threads (`virtioblkd` only).
@@ -59,6 +61,7 @@ impl Disk {
             read_only: false,
             num_queues: 1,
             block_size: None,
+            queue_size: None,
             serial: None,
             workers: None,
             extra: Vec::new(),
@@ -89,6 +92,12 @@ impl Disk {
         self
     }
 
+    /// The same with queues of up to `n` entries.
+    pub fn queue_size(mut self, n: u16) -> Self {
+        self.queue_size = Some(n);
+        self
+    }
+
     /// The same with a serial number.
     pub fn serial(mut self, serial: &str) -> Self {
         self.serial = Some(serial.to_owned());
@@ -112,6 +121,9 @@ impl Disk {
         }
         if let Some(n) = self.workers {
             command.arg("--workers").arg(n.to_string());
+        }
+        if let Some(n) = self.queue_size {
+            command.arg("--queue-size").arg(n.to_string());
         }
         if let Some(bytes) = self.block_size {
             command.arg("--block-size").arg(bytes.to_string());

@@ -2,7 +2,7 @@
 //! do together.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::blk::{CONFIG_LEN, Config, Segment, status};
 use crate::blk_queue::{BlkQueue, Completion, Op, SlotOptions};
@@ -106,11 +106,27 @@ impl Device {
         Ok(device)
     }
 
+    /// Connects and asks the first question. A backend that has not yet noticed the end of the connection
+    /// before turns the next one away; VMMs try again then, and so does this.
+    fn connect(&self) -> Result<(Client, u64)> {
+        let deadline = Instant::now() + self.options.timeout;
+        loop {
+            let client = Client::connect_within(&self.path, self.options.timeout)?;
+            client.set_timeout(self.options.timeout)?;
+            match client.get_features() {
+                Ok(offered) => return Ok((client, offered)),
+                Err(Error::Closed) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
     /// What QEMU does at a new connection, in its order.
     fn handshake(&mut self) -> Result<()> {
-        let mut client = Client::connect_within(&self.path, self.options.timeout)?;
-        client.set_timeout(self.options.timeout)?;
-        self.offered = client.get_features()?;
+        let (mut client, offered) = self.connect()?;
+        self.offered = offered;
         self.protocol_features = 0;
         if self.offered & feature::PROTOCOL_FEATURES != 0 {
             self.protocol_features =

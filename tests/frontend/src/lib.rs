@@ -3,7 +3,7 @@
 //! It is an independent reading of the specifications (QEMU's vhost-user document, virtio's split ring and
 //! block device) and shares no code with the backend, so that the two cannot agree on a mistake.
 //!
-//! From the bottom up: [`memory`] is guest memory; [`client`] speaks vhost-user; [`ring`] drives a virtqueue,
+//! From the bottom up: [`memory`] is guest memory; [`message`] and [`client`] speak vhost-user; [`ring`] drives a virtqueue,
 //! [`blk`] and [`blk_queue`] put block requests on it; [`device`] joins them into a disk that can be read and
 //! written. [`daemon`], [`process`] and [`qemu`] run what is tested and look at it from outside.
 //!
@@ -16,6 +16,7 @@ pub mod daemon;
 pub mod device;
 mod error;
 pub mod memory;
+pub mod message;
 pub mod process;
 pub mod protocol;
 pub mod qemu;

@@ -1,0 +1,195 @@
+//! A disk in use: what requests go to.
+
+use std::sync::Arc;
+
+use crate::reactor::{Io, Sg};
+
+use super::disk::{CacheMode, DiskSpec};
+use super::error::{Error, ErrorKind, Result};
+use super::layer::Layer;
+use super::lock::Role;
+use super::stack::read_chain;
+use super::storage::Storage;
+
+/// The locks of a chain of images; dropping it gives them back.
+#[derive(Debug, Default)]
+pub(super) struct Locks(Vec<Arc<Storage>>);
+
+impl Locks {
+    pub(super) fn take(&mut self, storage: &Arc<Storage>, role: Role) -> Result<()> {
+        storage.lock(role)?;
+        self.0.push(storage.clone());
+        Ok(())
+    }
+
+    fn release(&self) {
+        self.0.iter().for_each(|storage| storage.unlock());
+    }
+}
+
+impl Drop for Locks {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+/// A disk that serves requests, from any thread with its own [`Io`]. Its images are locked.
+#[derive(Debug)]
+pub struct ActiveDisk {
+    /// Top first; never empty.
+    layers: Vec<Layer>,
+    size: u64,
+    read_only: bool,
+    write_through: bool,
+    discard: bool,
+    locks: Locks,
+}
+
+impl ActiveDisk {
+    pub(super) fn new(layers: Vec<Layer>, locks: Locks, size: u64, spec: &DiskSpec) -> Self {
+        Self {
+            layers,
+            size,
+            read_only: spec.read_only,
+            write_through: spec.cache == CacheMode::Writethrough,
+            discard: spec.discard,
+            locks,
+        }
+    }
+
+    /// Bytes of the disk, whole sectors.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// True if writes are refused.
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn top(&self) -> (&Layer, &[Layer]) {
+        (&self.layers[0], &self.layers[1..])
+    }
+
+    #[inline]
+    fn check(&self, offset: u64, len: u64) -> Result<()> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.size => Ok(()),
+            _ => Err(self.refuse(ErrorKind::OutOfRange, offset, "beyond the end of the disk")),
+        }
+    }
+
+    #[inline]
+    fn check_change(&self, offset: u64, len: u64) -> Result<()> {
+        if self.read_only {
+            return Err(self.refuse(ErrorKind::ReadOnly, offset, "the disk is read-only"));
+        }
+        self.check(offset, len)
+    }
+
+    #[cold]
+    fn refuse(&self, kind: ErrorKind, offset: u64, message: &str) -> Error {
+        Error::image(kind, self.layers[0].data().path(), offset, message)
+    }
+
+    /// Fills `to` from `offset` on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`] beyond the disk, else those of images and storage; as for all requests.
+    #[inline]
+    pub async fn read(&self, io: &Io, offset: u64, to: Sg<'_>) -> Result<()> {
+        let _pin = io.pin();
+        self.check(offset, to.len() as u64)?;
+        read_chain(&self.layers, io, offset, to).await
+    }
+
+    /// Writes `from` at `offset`. Durable after the next flush, or at once where the disk writes through.
+    ///
+    /// # Errors
+    /// As [`ActiveDisk::read`]; [`ErrorKind::ReadOnly`]; [`ErrorKind::NoSpace`].
+    #[inline]
+    pub async fn write(&self, io: &Io, offset: u64, from: Sg<'_>) -> Result<()> {
+        let _pin = io.pin();
+        self.check_change(offset, from.len() as u64)?;
+        let (top, below) = self.top();
+        top.write(io, below, offset, from).await?;
+        self.written(io).await
+    }
+
+    /// Gives the range up: what it reads as afterwards is not defined, and its space may be given back.
+    ///
+    /// # Errors
+    /// As [`ActiveDisk::write`].
+    pub async fn discard(&self, io: &Io, offset: u64, len: u64) -> Result<()> {
+        let _pin = io.pin();
+        self.check_change(offset, len)?;
+        if !self.discard || len == 0 {
+            return Ok(());
+        }
+        self.top().0.discard(io, offset, len).await?;
+        self.written(io).await
+    }
+
+    /// Makes the range read as zeros; with `unmap` its space may be given back.
+    ///
+    /// # Errors
+    /// As [`ActiveDisk::write`].
+    pub async fn write_zeroes(&self, io: &Io, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        let _pin = io.pin();
+        self.check_change(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let (top, below) = self.top();
+        let unmap = unmap && self.discard;
+        top.write_zeroes(io, below, offset, len, unmap).await?;
+        self.written(io).await
+    }
+
+    /// Makes everything durable whose request completed before.
+    ///
+    /// # Errors
+    /// Those of images and storage: what was written may be lost.
+    pub async fn flush(&self, io: &Io) -> Result<()> {
+        let _pin = io.pin();
+        if self.read_only {
+            return Ok(());
+        }
+        self.top().0.flush(io).await
+    }
+
+    /// Writes metadata back that has waited for long, or is much. To be called once a second or so, from
+    /// one thread: it bounds what the next flush has to do.
+    ///
+    /// # Errors
+    /// As [`ActiveDisk::flush`].
+    pub async fn write_back_if_due(&self, io: &Io) -> Result<()> {
+        let _pin = io.pin();
+        if self.read_only {
+            return Ok(());
+        }
+        self.top().0.write_back_if_due(io).await
+    }
+
+    #[inline]
+    async fn written(&self, io: &Io) -> Result<()> {
+        if self.write_through {
+            return self.top().0.flush(io).await;
+        }
+        Ok(())
+    }
+
+    /// Ends the disk's use: everything is flushed, reserved space given back, the locks are released.
+    /// The caller vouches that no request runs and none begins.
+    ///
+    /// # Errors
+    /// The first one met; the locks are released all the same.
+    pub async fn deactivate(self: Arc<Self>, io: &Io) -> Result<()> {
+        let closed = match self.read_only {
+            true => Ok(()),
+            false => self.top().0.close(io).await,
+        };
+        self.locks.release();
+        closed
+    }
+}

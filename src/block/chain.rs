@@ -1,0 +1,321 @@
+//! Opening an image and everything below it: which names are followed, and where to.
+//!
+//! An image is untrusted input, so the name it gives for its backing file opens only what the user
+//! allowed, in the format that the image states. Nothing is probed.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use crate::reactor::Io;
+
+use super::disk::{CacheMode, DiskSpec, Source};
+use super::error::{Error, ErrorKind, Result};
+use super::file::{FileOptions, FileStorage};
+use super::null::NullStorage;
+use super::qcow2::{BackingName, Header};
+use super::storage::Storage;
+
+/// Images in a chain, at most.
+pub const MAX_DEPTH: usize = 256;
+
+/// How an image's bytes make a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// The bytes are the disk.
+    Raw,
+    /// QEMU's copy-on-write format, versions 2 and 3.
+    Qcow2,
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        })
+    }
+}
+
+impl FromStr for Format {
+    type Err = String;
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        match name {
+            "raw" => Ok(Self::Raw),
+            "qcow2" => Ok(Self::Qcow2),
+            _ => Err(format!("format {name:?} is not known; raw and qcow2 are")),
+        }
+    }
+}
+
+/// One image of a chain.
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) storage: Arc<Storage>,
+    pub(super) format: Format,
+    /// The name it was opened by: relative names in it start from here.
+    named: PathBuf,
+    /// What the header said when it was read.
+    pub(super) backing: Option<BackingName>,
+    /// Bytes of its disk, then.
+    pub(super) size: u64,
+    /// Bytes of a cluster; raw: none.
+    pub(super) cluster: Option<u64>,
+}
+
+impl Link {
+    fn identity(&self) -> Option<(u64, u64)> {
+        match &*self.storage {
+            Storage::File(file) => Some(file.identity()),
+            _ => None,
+        }
+    }
+
+    /// True if its name still leads to the file that is open, or if that cannot be told.
+    pub(super) fn is_current(&self) -> bool {
+        let Storage::File(file) = &*self.storage else {
+            return true;
+        };
+        match FileStorage::identity_of(&self.named) {
+            Ok(now) => now == file.identity(),
+            // Behind a sandbox names may be out of reach; a name that is gone is another matter.
+            Err(error) => error.kind() != std::io::ErrorKind::NotFound,
+        }
+    }
+
+    /// Reads the header again; true if the chain below is what it was.
+    pub(super) async fn reread(&self, io: &Io) -> Result<(Option<Header>, bool)> {
+        self.storage.refresh()?;
+        match self.format {
+            Format::Raw => Ok((None, true)),
+            Format::Qcow2 => {
+                let header = Header::read(io, &self.storage).await?;
+                let same = header.backing == self.backing;
+                Ok((Some(header), same))
+            }
+        }
+    }
+}
+
+/// Opens the image of `spec` and what it names, top first. Headers are read, nothing is locked.
+pub(super) async fn open(io: &Io, spec: &DiskSpec) -> Result<Vec<Link>> {
+    let top = match &spec.source {
+        Source::Null { size } => {
+            let storage = Storage::Null(NullStorage::new(*size, spec.read_only));
+            let name = PathBuf::from(NullStorage::NAME);
+            return Ok(vec![link(io, storage, Format::Raw, name).await?]);
+        }
+        Source::File { path } => path,
+    };
+    let allowed = allowed_roots(top, &spec.allow_paths)?;
+    let storage = open_top(top, spec)?;
+    // Whatever becomes the working directory, the name leads to the same place.
+    let named = std::path::absolute(top).unwrap_or_else(|_| top.clone());
+    let mut links: Vec<Link> = vec![link(io, storage, spec.format, named).await?];
+    while let Some(Link {
+        named,
+        backing: Some(backing),
+        ..
+    }) = links.last()
+    {
+        let format = backing_format(named, backing)?;
+        let name = beside(named, backing)?;
+        let real =
+            std::fs::canonicalize(&name).map_err(|error| missing(&links, backing, &name, error))?;
+        let is_allowed = |real: &Path| allowed.iter().any(|root| real.starts_with(root));
+        if !is_allowed(&real) {
+            return Err(not_allowed(named, backing, &real));
+        }
+        if links.len() == MAX_DEPTH {
+            let message = format!(
+                "more than {MAX_DEPTH} images in a chain of backing files; `qemu-img commit` or \
+                 `qemu-img rebase` make it shorter"
+            );
+            return Err(Error::image(ErrorKind::Unsupported, top, None, message));
+        }
+        let options = FileOptions {
+            read_only: true,
+            direct: spec.backing_cache == CacheMode::None,
+        };
+        let storage = FileStorage::open(&real, options)?;
+        // A link may have been put in the way since the name was looked up.
+        if let Some(opened) = storage.real_path().filter(|opened| !is_allowed(opened)) {
+            return Err(not_allowed(named, backing, &opened));
+        }
+        let twice = |other: &Link| other.identity() == Some(storage.identity());
+        if links.iter().any(twice) {
+            let message = format!(
+                "a loop of backing files: {} → {}",
+                names(&links),
+                name.display()
+            );
+            return Err(Error::image(ErrorKind::InvalidImage, top, None, message));
+        }
+        let next = link(io, Storage::File(storage), format, name).await?;
+        links.push(next);
+    }
+    Ok(links)
+}
+
+async fn link(io: &Io, storage: Storage, format: Format, named: PathBuf) -> Result<Link> {
+    let (size, backing, cluster) = match format {
+        Format::Raw => {
+            warn_of_qcow2(io, &storage).await?;
+            (storage.len(), None, None)
+        }
+        Format::Qcow2 => {
+            let header = Header::read(io, &storage).await?;
+            let cluster = header.geometry.cluster_size();
+            (header.size, header.backing, Some(cluster))
+        }
+    };
+    Ok(Link {
+        storage: Arc::new(storage),
+        format,
+        named,
+        backing,
+        size,
+        cluster,
+    })
+}
+
+fn open_top(path: &Path, spec: &DiskSpec) -> Result<Storage> {
+    let mut options = FileOptions {
+        read_only: spec.read_only,
+        direct: spec.cache == CacheMode::None,
+    };
+    let mut storage = FileStorage::open(path, options)?;
+    let limits = *storage.limits();
+    let in_part = storage.len() % limits.io_align as u64 != 0;
+    if in_part && !spec.read_only && spec.format == Format::Raw {
+        // Past the page cache only whole blocks can be written: the file would grow.
+        log::warn!(
+            "{}: its size, {} bytes, is no multiple of {}: going through the page cache instead of \
+             O_DIRECT (`truncate -s %{} {0}` makes it one)",
+            path.display(),
+            storage.len(),
+            limits.io_align,
+            limits.io_align,
+        );
+        options.direct = false;
+        storage = FileStorage::open(path, options)?;
+    }
+    Ok(Storage::File(storage))
+}
+
+async fn warn_of_qcow2(io: &Io, storage: &Storage) -> Result<()> {
+    if matches!(storage, Storage::Null(_)) {
+        return Ok(());
+    }
+    let mut first = io.buf(storage.limits().io_align.max(512));
+    storage.read(io, 0, first.sg()).await?;
+    if first.starts_with(b"QFI\xfb") {
+        log::warn!(
+            "{}: opened as raw, as told, but begins like a qcow2 image: if it is one, say format=qcow2 \
+             (a backing file: `qemu-img rebase -u -F qcow2` on the image above it)",
+            storage.path().display()
+        );
+    }
+    Ok(())
+}
+
+/// Directories and files that a backing file may be in, without symbolic links.
+fn allowed_roots(top: &Path, allow_paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let folder = match top.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    };
+    std::iter::once(folder)
+        .chain(allow_paths.iter().map(PathBuf::as_path))
+        .map(|path| {
+            std::fs::canonicalize(path)
+                .map_err(|e| Error::io(path, "look up an allowed path", None, e))
+        })
+        .collect()
+}
+
+fn backing_format(image: &Path, backing: &BackingName) -> Result<Format> {
+    let Some(format) = &backing.format else {
+        return Err(Error::image(
+            ErrorKind::NotAllowed,
+            image,
+            None,
+            format_args!(
+                "names the backing file {:?} but not its format, and formats are not guessed; state it \
+                 with: qemu-img rebase -u -F raw|qcow2 -b '{}' '{}'",
+                backing.name,
+                backing.name,
+                image.display()
+            ),
+        ));
+    };
+    format.parse().map_err(|error| {
+        let message = format!("its backing file {:?}: {error}", backing.name);
+        Error::image(ErrorKind::Unsupported, image, None, message)
+    })
+}
+
+/// The file that `image` means by the name of its backing file.
+fn beside(image: &Path, backing: &BackingName) -> Result<PathBuf> {
+    let name = backing.name.as_str();
+    let refuse = |what: String| Err(Error::image(ErrorKind::NotAllowed, image, None, what));
+    if name.starts_with("json:") {
+        return refuse(
+            "its backing file is given as json:{…}, which can name anything; give a plain file name \
+             with: qemu-img rebase -u -F FORMAT -b NAME IMAGE"
+                .into(),
+        );
+    }
+    let name = name.strip_prefix("file:").unwrap_or(name);
+    // As QEMU reads it: a colon before any slash ends a protocol's name.
+    if let Some(colon) = name.find(':') {
+        if !name[..colon].contains('/') {
+            return refuse(format!(
+                "its backing file {:?} is on {:?}: only files and block devices are opened (a file whose \
+                 name has a colon is written ./NAME)",
+                backing.name,
+                &name[..colon]
+            ));
+        }
+    }
+    if name.is_empty() || name.contains('\0') {
+        return refuse(format!("its backing file's name {name:?} is none"));
+    }
+    Ok(image.parent().unwrap_or(Path::new("")).join(name))
+}
+
+fn missing(links: &[Link], backing: &BackingName, name: &Path, error: std::io::Error) -> Error {
+    let image = links.last().map_or(Path::new(""), |link| &link.named);
+    let told = Error::io(image, "look up the backing file", None, error);
+    told.hint(format_args!(
+        "it names {:?}, that is {}; chain: {} → {}",
+        backing.name,
+        name.display(),
+        names(links),
+        backing.name
+    ))
+}
+
+fn not_allowed(image: &Path, backing: &BackingName, real: &Path) -> Error {
+    let folder = real.parent().unwrap_or(real).display();
+    Error::image(
+        ErrorKind::NotAllowed,
+        image,
+        None,
+        format_args!(
+            "its backing file {:?} is {}, outside the disk's own folder; if that is meant, allow it with \
+             allow-path={folder}",
+            backing.name,
+            real.display()
+        ),
+    )
+}
+
+fn names(links: &[Link]) -> String {
+    let names: Vec<String> = links
+        .iter()
+        .map(|link| link.named.display().to_string())
+        .collect();
+    names.join(" → ")
+}

@@ -1,0 +1,340 @@
+//! A disk: what the user asked for, opened but not yet in use; and its life from there.
+
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod write_tests;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::reactor::Io;
+
+pub use super::active::ActiveDisk;
+use super::active::Locks;
+pub use super::chain::Format;
+use super::chain::{self, Link};
+use super::error::{Error, ErrorKind, Result};
+use super::layer::{Layer, Raw};
+use super::lock::Role;
+use super::qcow2::{self, Header, Qcow2};
+use super::storage::Storage;
+
+/// Guests count in sectors of this many bytes.
+pub const SECTOR: u64 = 512;
+
+/// Where a disk's bytes are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A regular file or a block device.
+    File {
+        /// Its name.
+        path: PathBuf,
+    },
+    /// Nowhere: zeros.
+    Null {
+        /// Bytes.
+        size: u64,
+    },
+}
+
+/// Who keeps a copy of what is read and written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheMode {
+    /// Nobody: O_DIRECT.
+    None,
+    /// The host's page cache; a flush makes it durable.
+    Writeback,
+    /// The host's page cache; every write is made durable before it completes.
+    Writethrough,
+}
+
+impl std::str::FromStr for CacheMode {
+    type Err = String;
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        match name {
+            "none" => Ok(Self::None),
+            "writeback" => Ok(Self::Writeback),
+            "writethrough" => Ok(Self::Writethrough),
+            _ => Err(format!(
+                "cache mode {name:?} is not known; none, writeback and writethrough are"
+            )),
+        }
+    }
+}
+
+/// What the user asked for.
+#[derive(Clone, Debug)]
+pub struct DiskSpec {
+    /// The top image.
+    pub source: Source,
+    /// The top image's format. Those below are what the images say.
+    pub format: Format,
+    /// No writes; the image is opened for reading only.
+    pub read_only: bool,
+    /// Caching of the top image.
+    pub cache: CacheMode,
+    /// Caching of the images below it.
+    pub backing_cache: CacheMode,
+    /// Directories and files that backing files may be in, besides the top image's own directory.
+    pub allow_paths: Vec<PathBuf>,
+    /// Discards are passed on; else they do nothing.
+    pub discard: bool,
+    /// Memory for cached qcow2 mappings, bytes an image.
+    pub l2_cache_bytes: u64,
+}
+
+impl DiskSpec {
+    /// `source` with the usual: writable, past the page cache, backing files through it, discards passed
+    /// on, 32 MiB of mappings.
+    pub fn new(source: Source, format: Format) -> Self {
+        Self {
+            source,
+            format,
+            read_only: false,
+            cache: CacheMode::None,
+            backing_cache: CacheMode::Writeback,
+            allow_paths: Vec::new(),
+            discard: true,
+            l2_cache_bytes: 32 << 20,
+        }
+    }
+}
+
+/// What a disk wants of requests, for the guest to know. Bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskLimits {
+    /// Smallest request; smaller ones are served, at a price.
+    pub logical_block: u32,
+    /// Below this a write costs a read.
+    pub physical_block: u32,
+    /// What the disk likes best; 0: it does not say.
+    pub optimal_io: u32,
+    /// Discards are passed on.
+    pub can_discard: bool,
+    /// Discards that are no multiple of this, or not aligned to it, lose their ends.
+    pub discard_granularity: u32,
+    /// Largest discard that is served at one go.
+    pub max_discard: u64,
+    /// Largest write of zeros that is served at one go.
+    pub max_write_zeroes: u64,
+    /// Zeroed ranges may give their space back.
+    pub write_zeroes_may_unmap: bool,
+}
+
+/// A disk whose images are open and whose headers were read. Nothing is locked and nothing that may
+/// change is kept, so another process may use the images meanwhile.
+#[derive(Debug)]
+pub struct Disk {
+    spec: DiskSpec,
+    links: Vec<Link>,
+    size: u64,
+}
+
+impl Disk {
+    /// Opens the images. Blocks: not for a worker.
+    ///
+    /// # Errors
+    /// Files that are missing, not allowed or not what they are said to be; unsupported features.
+    pub async fn open(io: &Io, spec: DiskSpec) -> Result<Self> {
+        let links = chain::open(io, &spec).await?;
+        let size = capacity(&links)?;
+        Ok(Self { spec, links, size })
+    }
+
+    /// Bytes of the disk, whole sectors.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// True if writes are refused.
+    pub fn read_only(&self) -> bool {
+        self.spec.read_only
+    }
+
+    /// What the user asked for.
+    pub fn spec(&self) -> &DiskSpec {
+        &self.spec
+    }
+
+    /// What the guest should know.
+    pub fn limits(&self) -> DiskLimits {
+        let Some(top) = self.links.first() else {
+            return DiskLimits::default();
+        };
+        let below = top.storage.limits();
+        let device = matches!(&*top.storage, Storage::File(file) if file.is_device());
+        // A file's alignment is not the guest's business: it would change with where the file is.
+        let logical_block = match device && top.format == Format::Raw {
+            true => below.logical_block,
+            false => SECTOR as u32,
+        };
+        let cluster = top.cluster.and_then(|bytes| u32::try_from(bytes).ok());
+        let discard_granularity = cluster
+            .unwrap_or(below.discard_granularity)
+            .max(logical_block);
+        let can_discard =
+            self.spec.discard && !self.spec.read_only && below.discard_granularity > 0;
+        DiskLimits {
+            logical_block,
+            physical_block: below.physical_block.max(logical_block),
+            optimal_io: cluster.unwrap_or(below.optimal_io),
+            can_discard,
+            discard_granularity,
+            max_discard: 2 << 30,
+            max_write_zeroes: match top.format {
+                Format::Raw => 64 << 20,
+                Format::Qcow2 => 2 << 30,
+            },
+            write_zeroes_may_unmap: can_discard,
+        }
+    }
+
+    /// One line for the log: `qcow2 a.qcow2 (O_DIRECT) over raw b.img (page cache)`.
+    pub fn describe(&self) -> String {
+        let one = |link: &Link| {
+            let how = match &*link.storage {
+                Storage::File(file) if file.direct() => " (O_DIRECT)",
+                Storage::File(_) => " (page cache)",
+                _ => return link.storage.path().display().to_string(),
+            };
+            format!("{} {}{how}", link.format, link.storage.path().display())
+        };
+        let all: Vec<String> = self.links.iter().map(one).collect();
+        all.join(" over ")
+    }
+
+    /// Takes the images into use: locks them as QEMU does, reads headers and metadata afresh, follows
+    /// the chain again where it has changed. `workers` threads besides the calling one will use it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Locked`] if another process, or this one, uses an image; those of [`Disk::open`].
+    /// Nothing is locked then.
+    pub async fn activate(&self, io: &Io, workers: usize) -> Result<Arc<ActiveDisk>> {
+        let locks = lock(&self.links, self.spec.read_only)?;
+        if let Some(headers) = current(io, &self.links).await? {
+            return self.start(io, &self.links, headers, locks, workers).await;
+        }
+        drop(locks);
+        // Somebody has put other files in place, or rebased, since they were opened.
+        let links = chain::open(io, &self.spec).await?;
+        let locks = lock(&links, self.spec.read_only)?;
+        let Some(headers) = current(io, &links).await? else {
+            let path = links[0].storage.path();
+            let message = "the chain of images is being changed by another process; try again";
+            return Err(Error::image(ErrorKind::Locked, path, None, message));
+        };
+        log::info!("the chain of images is another now: {}", names(&links));
+        self.start(io, &links, headers, locks, workers).await
+    }
+
+    async fn start(
+        &self,
+        io: &Io,
+        links: &[Link],
+        headers: Vec<Option<Header>>,
+        locks: Locks,
+        workers: usize,
+    ) -> Result<Arc<ActiveDisk>> {
+        let mut layers = Vec::with_capacity(links.len());
+        for (level, (link, header)) in links.iter().zip(headers).enumerate() {
+            let storage = link.storage.clone();
+            let layer = match header {
+                None => {
+                    let len = storage.len();
+                    Layer::Raw(Raw::new(storage, len))
+                }
+                Some(header) => {
+                    let options = qcow2::Options {
+                        read_only: level > 0 || self.spec.read_only,
+                        l2_cache_bytes: self.spec.l2_cache_bytes,
+                        workers,
+                        has_backing: level + 1 < links.len(),
+                    };
+                    Layer::Qcow2(Box::new(Qcow2::open(io, storage, header, options).await?))
+                }
+            };
+            layers.push(layer);
+        }
+        let size = whole_sectors(&layers[0])?;
+        Ok(Arc::new(ActiveDisk::new(layers, locks, size, &self.spec)))
+    }
+}
+
+impl Default for DiskLimits {
+    fn default() -> Self {
+        Self {
+            logical_block: SECTOR as u32,
+            physical_block: SECTOR as u32,
+            optimal_io: 0,
+            can_discard: false,
+            discard_granularity: SECTOR as u32,
+            max_discard: 0,
+            max_write_zeroes: 0,
+            write_zeroes_may_unmap: false,
+        }
+    }
+}
+
+fn lock(links: &[Link], read_only: bool) -> Result<Locks> {
+    let mut locks = Locks::default();
+    for (level, link) in links.iter().enumerate() {
+        let role = match (level, read_only, link.format) {
+            (0, false, Format::Raw) => Role::RawWriter,
+            (0, false, Format::Qcow2) => Role::ImageWriter,
+            _ => Role::Reader,
+        };
+        locks.take(&link.storage, role)?;
+    }
+    Ok(locks)
+}
+
+/// The headers as they are now; None if the chain is not what it was.
+async fn current(io: &Io, links: &[Link]) -> Result<Option<Vec<Option<Header>>>> {
+    let mut headers = Vec::with_capacity(links.len());
+    for link in links {
+        if !link.is_current() {
+            return Ok(None);
+        }
+        let (header, same) = link.reread(io).await?;
+        if !same {
+            return Ok(None);
+        }
+        headers.push(header);
+    }
+    Ok(Some(headers))
+}
+
+fn names(links: &[Link]) -> String {
+    let names: Vec<String> = links
+        .iter()
+        .map(|link| link.storage.path().display().to_string())
+        .collect();
+    names.join(" over ")
+}
+
+fn capacity(links: &[Link]) -> Result<u64> {
+    let Some(top) = links.first() else {
+        return Ok(0);
+    };
+    rounded(top.storage.path(), top.size)
+}
+
+fn whole_sectors(top: &Layer) -> Result<u64> {
+    rounded(top.data().path(), top.size())
+}
+
+fn rounded(path: &std::path::Path, bytes: u64) -> Result<u64> {
+    let size = bytes / SECTOR * SECTOR;
+    if size == 0 {
+        let message = format!("a disk of {bytes} bytes: it needs a sector of {SECTOR} at least");
+        return Err(Error::image(ErrorKind::InvalidImage, path, None, message));
+    }
+    if size != bytes {
+        log::warn!(
+            "{}: {bytes} bytes are no whole number of sectors: the guest sees {size}",
+            path.display()
+        );
+    }
+    Ok(size)
+}

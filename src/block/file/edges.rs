@@ -1,0 +1,95 @@
+//! Keeps writes apart that meet in a block.
+//!
+//! A write that covers a block of the device only in part reads the block, changes it and writes it
+//! back. A neighbour that writes to the same block meanwhile would be undone. So such a write holds its
+//! blocks alone, and others share theirs.
+
+use std::future::poll_fn;
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
+
+/// Byte ranges of one storage that are held.
+#[derive(Debug, Default)]
+pub(super) struct Edges {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    held: Vec<Held>,
+    waiters: Vec<Waker>,
+}
+
+#[derive(Debug, PartialEq)]
+struct Held {
+    range: Range<u64>,
+    alone: bool,
+}
+
+/// A held range; dropping it lets it go.
+#[derive(Debug)]
+pub(super) struct EdgeGuard<'a> {
+    edges: &'a Edges,
+    held: Held,
+}
+
+impl Edges {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Holds `range` if nobody is in the way.
+    pub(super) fn try_hold(&self, range: Range<u64>, alone: bool) -> Option<EdgeGuard<'_>> {
+        self.hold_or(range, alone, |_| ())
+    }
+
+    /// Holds `range`, after those that are in the way.
+    pub(super) async fn hold(&self, range: Range<u64>, alone: bool) -> EdgeGuard<'_> {
+        poll_fn(|cx| {
+            let wait = |state: &mut State| state.waiters.push(cx.waker().clone());
+            match self.hold_or(range.clone(), alone, wait) {
+                Some(guard) => Poll::Ready(guard),
+                None => Poll::Pending,
+            }
+        })
+        .await
+    }
+
+    fn hold_or(
+        &self,
+        range: Range<u64>,
+        alone: bool,
+        otherwise: impl FnOnce(&mut State),
+    ) -> Option<EdgeGuard<'_>> {
+        let mut state = self.lock();
+        let in_the_way = |other: &Held| {
+            (alone || other.alone) && other.range.start < range.end && range.start < other.range.end
+        };
+        if state.held.iter().any(in_the_way) {
+            otherwise(&mut state);
+            return None;
+        }
+        state.held.push(Held {
+            range: range.clone(),
+            alone,
+        });
+        Some(EdgeGuard {
+            edges: self,
+            held: Held { range, alone },
+        })
+    }
+}
+
+impl Drop for EdgeGuard<'_> {
+    fn drop(&mut self) {
+        let waiters = {
+            let mut state = self.edges.lock();
+            if let Some(index) = state.held.iter().position(|held| *held == self.held) {
+                state.held.swap_remove(index);
+            }
+            std::mem::take(&mut state.waiters)
+        };
+        waiters.into_iter().for_each(Waker::wake);
+    }
+}

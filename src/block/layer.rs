@@ -1,0 +1,216 @@
+//! One layer of a disk: bytes of its own, or holes through which the layer below is seen.
+
+use std::sync::Arc;
+
+use crate::reactor::{Io, Sg};
+
+use super::error::Result;
+use super::qcow2::{Compressed, Extent, Qcow2};
+use super::storage::Storage;
+
+/// What a range of a layer is made of, from its first byte on. Every `len` is in bytes, at least 1 and
+/// at most what was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mapping {
+    /// Bytes of the layer's storage.
+    Data {
+        /// Where they begin in [`Layer::data`].
+        offset: u64,
+        /// How many.
+        len: u64,
+    },
+    /// Zeros.
+    Zero {
+        /// How many.
+        len: u64,
+    },
+    /// What the layer below has there; zeros if there is none, or where it ends before.
+    Backing {
+        /// How many.
+        len: u64,
+    },
+    /// Part of a compressed cluster: [`Layer::read_compressed`] reads it.
+    Compressed {
+        /// Where the compressed cluster lies.
+        cluster: Compressed,
+        /// Bytes of the cluster before the range.
+        skip: u64,
+        /// How many.
+        len: u64,
+    },
+}
+
+/// A layer that serves requests.
+#[derive(Debug)]
+pub enum Layer {
+    /// The bytes of a storage as they are.
+    Raw(Raw),
+    /// A qcow2 image.
+    Qcow2(Box<Qcow2>),
+    /// Made up by a test.
+    #[cfg(test)]
+    Made(super::stack::tests::Made),
+}
+
+/// A storage whose bytes are the disk's.
+#[derive(Debug)]
+pub struct Raw {
+    storage: Arc<Storage>,
+    size: u64,
+}
+
+impl Raw {
+    /// The first `size` bytes of `storage`.
+    pub fn new(storage: Arc<Storage>, size: u64) -> Self {
+        Self { storage, size }
+    }
+}
+
+impl Layer {
+    /// Bytes of the layer's disk.
+    #[inline]
+    pub fn size(&self) -> u64 {
+        match self {
+            Self::Raw(raw) => raw.size,
+            Self::Qcow2(image) => image.size(),
+            #[cfg(test)]
+            Self::Made(made) => made.size,
+        }
+    }
+
+    /// Where [`Mapping::Data`] is found.
+    #[inline]
+    pub fn data(&self) -> &Storage {
+        match self {
+            Self::Raw(raw) => &raw.storage,
+            Self::Qcow2(image) => image.storage(),
+            #[cfg(test)]
+            Self::Made(made) => &made.storage,
+        }
+    }
+
+    /// What is at `offset`; `offset + len` is not beyond the layer's size, `len` not 0.
+    ///
+    /// # Errors
+    /// Those of reading the metadata, and of metadata that makes no sense.
+    #[inline]
+    pub async fn map(&self, io: &Io, offset: u64, len: u64) -> Result<Mapping> {
+        match self {
+            Self::Raw(_) => Ok(Mapping::Data { offset, len }),
+            Self::Qcow2(image) => Ok(image.map(io, offset, len).await?.into()),
+            #[cfg(test)]
+            Self::Made(made) => Ok(made.map(offset, len)),
+        }
+    }
+
+    /// Fills `to` with what [`Mapping::Compressed`] says.
+    ///
+    /// # Errors
+    /// Those of reading, and of data that is damaged.
+    pub(super) async fn read_compressed(
+        &self,
+        io: &Io,
+        cluster: Compressed,
+        skip: u64,
+        to: Sg<'_>,
+    ) -> Result<()> {
+        match self {
+            Self::Qcow2(image) => image.read_compressed(io, cluster, skip, to).await,
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Changes: the top layer's.
+impl Layer {
+    /// Writes `from` at `offset`. `below` is what the layer's holes show.
+    #[inline]
+    pub(super) async fn write(
+        &self,
+        io: &Io,
+        below: &[Layer],
+        offset: u64,
+        from: Sg<'_>,
+    ) -> Result<()> {
+        match self {
+            Self::Raw(raw) => raw.storage.write(io, offset, from).await,
+            Self::Qcow2(image) => image.write(io, below, offset, from).await,
+            #[cfg(test)]
+            Self::Made(_) => Ok(()),
+        }
+    }
+
+    /// Gives the range up. What it reads as is not defined afterwards.
+    pub(super) async fn discard(&self, io: &Io, offset: u64, len: u64) -> Result<()> {
+        match self {
+            Self::Raw(raw) => raw.storage.discard(io, offset, len).await,
+            Self::Qcow2(image) => image.discard(io, offset, len).await,
+            #[cfg(test)]
+            Self::Made(_) => Ok(()),
+        }
+    }
+
+    /// Makes the range read as zeros.
+    pub(super) async fn write_zeroes(
+        &self,
+        io: &Io,
+        below: &[Layer],
+        offset: u64,
+        len: u64,
+        unmap: bool,
+    ) -> Result<()> {
+        match self {
+            Self::Raw(raw) => raw.storage.write_zeroes(io, offset, len, unmap).await,
+            Self::Qcow2(image) => image.write_zeroes(io, below, offset, len, unmap).await,
+            #[cfg(test)]
+            Self::Made(_) => Ok(()),
+        }
+    }
+
+    /// Makes durable what was completed before.
+    pub(super) async fn flush(&self, io: &Io) -> Result<()> {
+        match self {
+            Self::Raw(raw) => raw.storage.flush(io).await,
+            Self::Qcow2(image) => image.flush(io).await,
+            #[cfg(test)]
+            Self::Made(_) => Ok(()),
+        }
+    }
+
+    /// Writes metadata back that has waited for long, or is much.
+    pub(super) async fn write_back_if_due(&self, io: &Io) -> Result<()> {
+        match self {
+            Self::Qcow2(image) => image.write_back_if_due(io).await,
+            _ => Ok(()),
+        }
+    }
+
+    /// Ends the use of the layer, everything durable and reserved space given back.
+    pub(super) async fn close(&self, io: &Io) -> Result<()> {
+        match self {
+            Self::Raw(raw) => raw.storage.flush(io).await,
+            Self::Qcow2(image) => image.close(io).await,
+            #[cfg(test)]
+            Self::Made(_) => Ok(()),
+        }
+    }
+}
+
+impl From<Extent> for Mapping {
+    #[inline]
+    fn from(extent: Extent) -> Self {
+        match extent {
+            Extent::Data { host, len } => Self::Data {
+                offset: host.0,
+                len,
+            },
+            Extent::Zero { len } => Self::Zero { len },
+            Extent::Backing { len } => Self::Backing { len },
+            Extent::Compressed { data, skip, len } => Self::Compressed {
+                cluster: data,
+                skip,
+                len,
+            },
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! From memory to the file, in an order that survives a power loss at any instant.
+//!
+//! A flush does this, and the tests in `tests/crash.rs` break when a step moves:
+//!
+//! 1. **Mark the limbo, then snapshot**: take all that is dirty, and copy the entries. A cluster that was
+//!    freed before the mark had its entry replaced and marked dirty before that, so the snapshot unmaps it.
+//! 2. **fdatasync of data** *before* any mapping of the snapshot is written, if one of them is `ordered`.
+//!    Every entry was published after its data had been written, so this covers their data. An entry that
+//!    is published later is not in the snapshot. Without this step the file could have a mapping whose
+//!    cluster does not hold its data yet: sectors that copy-on-write only moved would be lost, and
+//!    overwritten ones would read as something that nobody wrote. Not needed where the old content read
+//!    as zeros and the new cluster does, durably (arena): then a mapping without its data shows zeros,
+//!    which is the old content.
+//! 3. **Write** slices, L1 and refcounts. Order among them does not matter: a new L2 table is zeros
+//!    durably, so an L1 entry may come before or after the table's slices; refcounts that go up were
+//!    durable before their clusters were used (arena); those that go down belong to clusters whose
+//!    unmapping was durable before.
+//! 4. **fdatasync**: mappings, and all data written in place, are durable.
+//! 5. **Settle**: what was freed before the mark is pointed at by nothing in the file, and may go on
+//!    (refcount 0, hole, new use) when the requests that saw the old entries have ended. Earlier, a power
+//!    loss would leave a mapping to a cluster that holds somebody else's data.
+//!
+//! If a step fails, everything stays dirty and pinned down, and the next flush does it again.
+//! The slices of a snapshot are pinned until step 4 is over: a slice whose entries are not safely in the
+//! file is never thrown out and loaded again.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use async_lock::Mutex;
+
+use super::Qcow2;
+use super::alloc::Allocator;
+use super::slice::{ORDERED, Pinned};
+use super::tables::Tables;
+use crate::block::error::Result;
+use crate::block::storage::{Pending, Storage};
+use crate::reactor::{AlignedBuf, Io};
+
+/// Dirty mappings are not left unwritten for longer than this, if the caller's timer asks.
+const MAX_AGE: Duration = Duration::from_secs(5);
+/// Neighbouring slices are written together up to this many bytes.
+const MAX_WRITE: usize = 1 << 20;
+/// Writes under way at a time.
+const DEPTH: usize = 32;
+
+/// Flushes that were asked for at about the same time are done as one.
+#[derive(Debug, Default)]
+pub(super) struct Flushes {
+    /// Flushes asked for so far.
+    asked: AtomicU64,
+    /// Held by the one that runs; how many of those asked for are done.
+    done: Mutex<u64>,
+}
+
+impl Qcow2 {
+    /// Makes everything durable that was completed before the call.
+    ///
+    /// # Errors
+    /// Those of the storage. Nothing is forgotten then: the next flush tries again.
+    pub async fn flush(&self, io: &Io) -> Result<()> {
+        if self.alloc.is_none() {
+            return Ok(());
+        }
+        let ticket = self.flushes.asked.fetch_add(1, Ordering::SeqCst) + 1;
+        let mut done = self.flushes.done.lock().await;
+        if *done >= ticket {
+            return Ok(());
+        }
+        // Whoever has a ticket by now completed its writes before this flush's snapshot.
+        let covers = self.flushes.asked.load(Ordering::SeqCst);
+        self.flush_once(io).await?;
+        *done = covers;
+        Ok(())
+    }
+
+    async fn flush_once(&self, io: &Io) -> Result<()> {
+        let alloc = self.allocator()?;
+        let mark = alloc.mark();
+        let mut snapshot = Snapshot::take(io, &self.tables);
+        if snapshot.ordered {
+            self.storage.flush(io).await?;
+        }
+        snapshot.write(io, &self.storage).await?;
+        alloc.write_back(io).await?;
+        self.storage.flush(io).await?;
+        snapshot.written = true;
+        drop(snapshot);
+        // The guest's data is safe. What does not work here is tried again with the next flush.
+        if let Err(error) = alloc.settle(io, mark).await {
+            log::warn!("giving freed clusters back: {error}");
+        }
+        Ok(())
+    }
+
+    /// What the first step of a flush decides: must data be durable before the mappings are written?
+    #[cfg(test)]
+    pub(super) fn would_order(&self, io: &Io) -> bool {
+        Snapshot::take(io, &self.tables).ordered
+    }
+
+    /// Writes mappings back if there are many, or old ones, and lets clusters out of limbo that no flush
+    /// asks after any more. To be called from a timer, once a second or so: it bounds what the next flush
+    /// has to write.
+    ///
+    /// # Errors
+    /// As [`Qcow2::flush`].
+    pub async fn write_back_if_due(&self, io: &Io) -> Result<()> {
+        let (slices, age) = self.tables.dirty();
+        let forgotten = |alloc: &Arc<Allocator>| age.is_none() && alloc.in_limbo() > 0;
+        let due = slices >= self.tables.write_back_threshold()
+            || age.is_some_and(|age| age >= MAX_AGE)
+            || self.alloc.as_ref().is_some_and(forgotten);
+        if due { self.flush(io).await } else { Ok(()) }
+    }
+
+    /// Flushes, and gives back what was reserved. No request may run, and none may come. The file is then
+    /// as any other program expects it.
+    ///
+    /// # Errors
+    /// As [`Qcow2::flush`]; the image is consistent all the same, but may have leaked clusters.
+    pub async fn close(&self, io: &Io) -> Result<()> {
+        let Some(alloc) = &self.alloc else {
+            return Ok(());
+        };
+        let flushed = self.flush(io).await;
+        // Also after an error: arenas must be stopped, and the more is given back the better.
+        let closed = alloc.close(io).await;
+        flushed.and(closed)
+    }
+}
+
+/// What a flush is about to write. Dropped unwritten, all of it is dirty again.
+struct Snapshot<'a> {
+    tables: &'a Tables,
+    slices: Vec<(Pinned, u8)>,
+    l1_units: BTreeSet<u64>,
+    l1_ordered: bool,
+    /// Data must be durable first.
+    ordered: bool,
+    /// (offset, bytes), ascending.
+    writes: Vec<(u64, AlignedBuf)>,
+    written: bool,
+}
+
+impl<'a> Snapshot<'a> {
+    fn take(io: &Io, tables: &'a Tables) -> Self {
+        let dirty = tables.take_dirty();
+        let mut snapshot = Self {
+            tables,
+            slices: Vec::with_capacity(dirty.slices.len()),
+            l1_units: dirty.l1_units,
+            l1_ordered: dirty.l1_ordered,
+            ordered: dirty.l1_ordered,
+            writes: Vec::new(),
+            written: false,
+        };
+        let mut places = Vec::with_capacity(dirty.slices.len());
+        for index in dirty.slices {
+            // A dirty slice is in memory, and has a table.
+            if let (Some(slice), Some(offset)) = (tables.pin(index), tables.slice_offset(index)) {
+                let flags = slice.take_dirty();
+                snapshot.ordered |= flags & ORDERED != 0;
+                places.push((offset.0, snapshot.slices.len()));
+                snapshot.slices.push((slice, flags));
+            }
+        }
+        places.sort_unstable();
+        let bytes = tables.geometry.slice_bytes() as usize;
+        let most = (MAX_WRITE / bytes).max(1);
+        let neighbours = |a: &(u64, usize), b: &(u64, usize)| a.0 + bytes as u64 == b.0;
+        for run in places.chunk_by(neighbours).flat_map(|r| r.chunks(most)) {
+            let mut buf = io.buf(run.len() * bytes);
+            for (place, to) in run.iter().zip(buf.chunks_exact_mut(bytes)) {
+                let slice = &snapshot.slices[place.1].0;
+                slice.encode(to);
+                // A writer may be between publishing and marking: what was copied counts, not what was
+                // marked when the flags were taken.
+                snapshot.ordered |= slice.is_ordered();
+            }
+            snapshot.writes.push((run[0].0, buf));
+        }
+        for unit in &snapshot.l1_units {
+            let mut buf = io.buf(tables.l1_unit() as usize);
+            let offset = tables.encode_l1(*unit, &mut buf);
+            snapshot.writes.push((offset.0, buf));
+        }
+        // The same for L1 entries, which change under the lock that this takes.
+        snapshot.ordered |= tables.is_l1_ordered();
+        snapshot
+    }
+
+    async fn write(&mut self, io: &Io, storage: &Storage) -> Result<()> {
+        for batch in self.writes.chunks_mut(DEPTH) {
+            let begun: Vec<Pending<'_>> = batch
+                .iter_mut()
+                .map(|(offset, buf)| storage.begin_write(io, *offset, buf.sg()))
+                .collect();
+            let mut result = Ok(());
+            for write in begun {
+                result = result.and(write.finish(io).await);
+            }
+            result?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Snapshot<'_> {
+    fn drop(&mut self) {
+        if self.written {
+            return;
+        }
+        for (slice, flags) in &self.slices {
+            if *flags != 0 {
+                self.tables.mark_dirty(slice, flags & ORDERED != 0);
+            }
+        }
+        self.tables
+            .put_l1_dirty(std::mem::take(&mut self.l1_units), self.l1_ordered);
+    }
+}

@@ -1,0 +1,90 @@
+//! qcow2 images: reading, writing and what makes both safe.
+//!
+//! QEMU's `docs/interop/qcow2.rst` is the format's document; each module names the sections it follows.
+//!
+//! | module | what it does |
+//! | --- | --- |
+//! | [`units`], [`header`], `entry` | the format's numbers, header and table entries |
+//! | `slice`, `tables` | the L1 table and the cache of L2 slices: lock-free to look at |
+//! | `map`, `compressed` | reading: from the guest's offset to where its bytes are |
+//! | `claim`, `write`, `discard` | changing: one claimed run of clusters after another |
+//! | `alloc`, `refill`, `arena`, `limbo` | host clusters: handed out, made ready, freed |
+//! | `reftable`, `refcount` | the refcount table, its blocks and their entries |
+//! | [`check`] | counting references, as `qemu-img check` does |
+//! | `flush` | from memory to the file, in the order that survives a power loss |
+
+mod alloc;
+mod arena;
+mod below;
+pub mod check;
+mod claim;
+mod compressed;
+mod discard;
+mod entry;
+mod flush;
+pub mod header;
+mod limbo;
+mod map;
+mod open;
+mod refcount;
+mod refill;
+mod reftable;
+mod runs;
+mod slice;
+mod tables;
+pub mod units;
+mod write;
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+pub use alloc::{Allocator, Fresh};
+pub use below::Below;
+pub use entry::Compressed;
+pub use header::{BackingName, Header};
+pub use map::Extent;
+pub use open::Options;
+pub use units::{Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset};
+
+use super::storage::Storage;
+use flush::Flushes;
+use tables::Tables;
+
+/// An open image. Requests run on any thread's [`crate::reactor::Io`] of one epoch domain at the same time;
+/// each holds a [`crate::reactor::Pin`] from its beginning to its end.
+#[derive(Debug)]
+pub struct Qcow2 {
+    storage: Arc<Storage>,
+    header: Header,
+    tables: Tables,
+    /// None: opened read-only.
+    alloc: Option<Arc<Allocator>>,
+    has_backing: bool,
+    flushes: Flushes,
+    /// Held by who makes an L2 table.
+    new_table: async_lock::Mutex<()>,
+    /// Opened read-only, or found to be corrupt since.
+    refuse_writes: AtomicBool,
+}
+
+impl Qcow2 {
+    /// Bytes of the virtual disk.
+    #[inline]
+    pub fn size(&self) -> u64 {
+        self.tables.size()
+    }
+
+    /// The header as it was at opening.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The image file: where [`Extent::Data`] is found.
+    #[inline]
+    pub fn storage(&self) -> &Storage {
+        &self.storage
+    }
+}

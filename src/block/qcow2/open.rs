@@ -1,0 +1,71 @@
+//! Opening an image: from a checked header to tables that serve requests.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use super::Qcow2;
+use super::alloc::Allocator;
+use super::flush::Flushes;
+use super::header::Header;
+use super::tables::Tables;
+use super::units::HostCluster;
+use crate::block::error::Result;
+use crate::block::storage::Storage;
+use crate::reactor::Io;
+
+/// How to open an image.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Never write to it.
+    pub read_only: bool,
+    /// Memory for L2 slices, in bytes; a few are kept whatever it says.
+    pub l2_cache_bytes: u64,
+    /// Workers that will use the image, besides the control thread ([`Io::worker`] 1 to this).
+    pub workers: usize,
+    /// There is a layer below: unallocated clusters show it. If not, they are zeros.
+    pub has_backing: bool,
+}
+
+impl Qcow2 {
+    /// Opens the image of `header`, which was read from `storage` under the same lock.
+    ///
+    /// # Errors
+    /// [`crate::block::error::ErrorKind::Unsupported`] for what must not be written to,
+    /// [`crate::block::error::ErrorKind::Corrupt`] for tables that are not what they should be.
+    pub async fn open(
+        io: &Io,
+        storage: Arc<Storage>,
+        header: Header,
+        options: Options,
+    ) -> Result<Self> {
+        let write = !options.read_only;
+        if write {
+            header.check_writable()?;
+        }
+        let tables = Tables::open(io, &storage, &header, write, options.l2_cache_bytes).await?;
+        let mut alloc = None;
+        if write {
+            let new = Allocator::open(io, &storage, &header, options.workers).await?;
+            for range in tables.metadata() {
+                let count = range.end - range.start;
+                new.reserve_metadata(HostCluster(range.start), count, "L1 or an L2 table")?;
+            }
+            alloc = Some(Arc::new(new));
+            // What these bits stand for is not kept up: they go before anything else changes.
+            if header.autoclear != 0 {
+                header.clear_autoclear(io, &storage).await?;
+                storage.flush(io).await?;
+            }
+        }
+        Ok(Self {
+            storage,
+            header,
+            tables,
+            alloc,
+            has_backing: options.has_backing,
+            flushes: Flushes::default(),
+            new_table: async_lock::Mutex::new(()),
+            refuse_writes: AtomicBool::new(!write),
+        })
+    }
+}

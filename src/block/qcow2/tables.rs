@@ -1,0 +1,504 @@
+//! The L1 table and the cache of L2 slices.
+//!
+//! `docs/interop/qcow2.rst`, section "Cluster mapping". The L1 table is in memory as a whole; slices are
+//! loaded at their first use and thrown away by a clock when there are more than the limit. L2 tables
+//! are made and never given back, so an L1 entry changes once at most, from 0.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::future::poll_fn;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
+
+use super::alloc::Allocator;
+use super::entry;
+use super::header::{Header, MAX_HOST_OFFSET};
+use super::slice::{DIRTY, Directory, ORDERED, Pinned, Slice};
+use super::units::{Geometry, GuestCluster, HostCluster, HostOffset};
+use crate::block::error::{Error, ErrorKind, Result};
+use crate::block::storage::Storage;
+use crate::reactor::{Epoch, Io};
+
+/// L1 entries are written in pieces of this many bytes at most.
+const L1_UNIT: u64 = 4096;
+
+/// Locks a mutex that guards plain data: a panic elsewhere has left nothing half done.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// L1 and L2 of one image.
+#[derive(Debug)]
+pub(super) struct Tables {
+    pub(super) geometry: Geometry,
+    version: u32,
+    size: u64,
+    l1: Box<[AtomicU64]>,
+    l1_offset: HostOffset,
+    /// Metadata that stays where it is: header, L1 table, L2 tables that were there when the image was
+    /// opened. In host clusters, ascending, not overlapping.
+    fixed: Vec<Range<u64>>,
+    directory: Directory,
+    /// Loaded slices, in the order of the clock; its hand is at the front.
+    clock: Mutex<VecDeque<u64>>,
+    loaded: AtomicUsize,
+    limit: usize,
+    graveyard: Mutex<Vec<(Epoch, Box<Slice>)>>,
+    dirty: Mutex<Dirty>,
+    loading: Mutex<HashMap<u64, Vec<Waker>>>,
+    /// Who waits for a claim's end, by guest cluster.
+    pub(super) waiters: Mutex<HashMap<u64, Vec<Waker>>>,
+}
+
+/// What differs from the file.
+#[derive(Debug, Default)]
+pub(super) struct Dirty {
+    pub(super) slices: Vec<u64>,
+    pub(super) l1_units: BTreeSet<u64>,
+    /// Something in `l1_units` must wait for data, as [`ORDERED`] says of slices.
+    pub(super) l1_ordered: bool,
+    /// When the oldest of it came to be.
+    pub(super) since: Option<Instant>,
+}
+
+/// Where a slice of the virtual disk is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) slice: u64,
+    pub(super) at: usize,
+}
+
+impl Tables {
+    /// Reads and checks the L1 table. With `exclusive`, for writing, every L2 table must be there once,
+    /// belong to the image alone and be nothing else.
+    pub(super) async fn open(
+        io: &Io,
+        storage: &Storage,
+        header: &Header,
+        exclusive: bool,
+        cache_bytes: u64,
+    ) -> Result<Self> {
+        let g = header.geometry;
+        let raw = read_l1(io, storage, header).await?;
+        let fixed = check_l1(&raw, storage, header, exclusive)?;
+        let slices = header.size.div_ceil(g.cluster_size() << g.slice_bits());
+        let directory = Directory::new(slices).ok_or_else(|| {
+            Error::image(
+                ErrorKind::Unsupported,
+                &header.path,
+                24,
+                format!("no memory for the map of a disk of {} bytes", header.size),
+            )
+        })?;
+        Ok(Self {
+            geometry: g,
+            version: header.version,
+            size: header.size,
+            l1: raw.into_iter().map(AtomicU64::new).collect(),
+            l1_offset: header.l1_offset,
+            fixed,
+            directory,
+            clock: Mutex::default(),
+            loaded: AtomicUsize::new(0),
+            limit: usize::try_from(cache_bytes / size_of::<Slice>() as u64)
+                .unwrap_or(usize::MAX)
+                .max(4),
+            graveyard: Mutex::default(),
+            dirty: Mutex::default(),
+            loading: Mutex::default(),
+            waiters: Mutex::default(),
+        })
+    }
+
+    // ---- places ----
+
+    #[inline]
+    pub(super) fn place(&self, cluster: GuestCluster) -> Place {
+        let bits = self.geometry.slice_bits();
+        Place {
+            slice: cluster.0 >> bits,
+            at: (cluster.0 & ((1 << bits) - 1)) as usize,
+        }
+    }
+
+    /// Guest clusters from `cluster` to the end of its slice.
+    #[inline]
+    pub(super) fn left_in_slice(&self, cluster: GuestCluster) -> u64 {
+        let entries = 1 << self.geometry.slice_bits();
+        entries - (cluster.0 & (entries - 1))
+    }
+
+    /// The L1 index of a slice.
+    fn l1_index(&self, slice: u64) -> usize {
+        let g = self.geometry;
+        (slice >> (g.l2_bits() - g.slice_bits())) as usize
+    }
+
+    fn l1_entry(&self, slice: u64) -> u64 {
+        self.l1
+            .get(self.l1_index(slice))
+            .map_or(0, |entry| entry.load(Ordering::Acquire))
+    }
+
+    /// Where a slice is in the file; none without an L2 table.
+    pub(super) fn slice_offset(&self, slice: u64) -> Option<HostOffset> {
+        let g = self.geometry;
+        let table = entry::l1_offset(self.l1_entry(slice));
+        let in_table = slice & ((1 << (g.l2_bits() - g.slice_bits())) - 1);
+        (table != 0).then(|| HostOffset(table + in_table * g.slice_bytes()))
+    }
+
+    /// Guest clusters from `cluster` to the end of its L2 table.
+    pub(super) fn left_in_table(&self, cluster: GuestCluster) -> u64 {
+        let entries = 1 << self.geometry.l2_bits();
+        entries - (cluster.0 & (entries - 1))
+    }
+
+    // ---- lookup ----
+
+    /// Looks at a slice, if it is loaded.
+    #[inline]
+    pub(super) fn with<R>(&self, slice: u64, look: impl FnOnce(&Slice) -> R) -> Option<R> {
+        self.directory.with(slice, look)
+    }
+
+    /// Pins a slice, if it is loaded.
+    pub(super) fn pin(&self, slice: u64) -> Option<Pinned> {
+        self.directory.pin(slice)
+    }
+
+    /// Loads a slice that has an L2 table. When it returns, the slice was there a moment ago: look again.
+    #[cold]
+    pub(super) async fn load(
+        &self,
+        io: &Io,
+        storage: &Storage,
+        alloc: Option<&Allocator>,
+        slice: u64,
+    ) -> Result<()> {
+        let Some(_loader) = self.become_loader(slice).await else {
+            return Ok(());
+        };
+        if self.with(slice, |_| ()).is_some() {
+            return Ok(());
+        }
+        let Some(offset) = self.slice_offset(slice) else {
+            return Ok(());
+        };
+        let mut buf = io.buf(self.geometry.slice_bytes() as usize);
+        storage.read(io, offset.0, buf.sg()).await?;
+        let raw = buf
+            .chunks_exact(8)
+            .map(|b| b.try_into().map_or(0, u64::from_be_bytes));
+        let file_len = storage.len();
+        let new = Slice::new(slice, raw, |raw| self.is_valid(raw, file_len, alloc));
+        self.directory.link(new);
+        self.loaded.fetch_add(1, Ordering::Relaxed);
+        lock(&self.clock).push_back(slice);
+        self.evict(io, slice);
+        Ok(())
+    }
+
+    /// The one that gets a guard loads; the others have waited for it.
+    async fn become_loader(&self, slice: u64) -> Option<Loader<'_>> {
+        let mut waited = false;
+        poll_fn(|cx| {
+            let mut loading = lock(&self.loading);
+            match loading.get_mut(&slice) {
+                Some(waiters) => {
+                    waiters.push(cx.waker().clone());
+                    waited = true;
+                    Poll::Pending
+                }
+                None if waited => Poll::Ready(None),
+                None => {
+                    loading.insert(slice, Vec::new());
+                    Poll::Ready(Some(Loader {
+                        tables: self,
+                        slice,
+                    }))
+                }
+            }
+        })
+        .await
+    }
+
+    /// May an L2 entry of the file be used? The image is untrusted: an entry must not lead outside the
+    /// file, or to metadata.
+    fn is_valid(&self, raw: u64, file_len: u64, alloc: Option<&Allocator>) -> bool {
+        let g = &self.geometry;
+        if !entry::is_well_formed(raw, g, self.version) {
+            return false;
+        }
+        let inside = |first: HostCluster, count: u64| {
+            // The last cluster of a file may be cut off anywhere.
+            first.0 << g.cluster_bits <= file_len
+                && !self.is_fixed_metadata(first, count)
+                && alloc.is_none_or(|alloc| alloc.is_metadata(first, count).is_none())
+        };
+        match entry::decode(raw, g) {
+            entry::Entry::Unallocated | entry::Entry::Zero { host: None, .. } => true,
+            entry::Entry::Data { host, .. }
+            | entry::Entry::Zero {
+                host: Some(host), ..
+            } => inside(g.host_cluster(host), 1),
+            entry::Entry::Compressed(c) => {
+                let (first, count) = c.clusters(g);
+                c.offset.0 < file_len && c.offset.0 < MAX_HOST_OFFSET && inside(first, count)
+            }
+            entry::Entry::Bad => false,
+        }
+    }
+
+    /// True if one of the clusters is header, L1 or an L2 table that was there at opening.
+    fn is_fixed_metadata(&self, first: HostCluster, count: u64) -> bool {
+        let after = self.fixed.partition_point(|range| range.end <= first.0);
+        self.fixed
+            .get(after)
+            .is_some_and(|range| range.start < first.0 + count)
+    }
+
+    /// The L1 table and L2 tables of the time of opening, in host clusters.
+    pub(super) fn metadata(&self) -> impl Iterator<Item = Range<u64>> {
+        // The header is the allocator's own business.
+        self.fixed.iter().filter_map(|range| {
+            let range = range.start.max(1)..range.end;
+            (!range.is_empty()).then_some(range)
+        })
+    }
+
+    // ---- changes ----
+
+    /// Notes that a pinned slice was changed. `ordered`: it may be written only after a flush of data.
+    pub(super) fn mark_dirty(&self, slice: &Slice, ordered: bool) {
+        let flags = if ordered { DIRTY | ORDERED } else { DIRTY };
+        if slice.set_dirty(flags) & DIRTY == 0 {
+            let mut dirty = lock(&self.dirty);
+            dirty.slices.push(slice.index);
+            dirty.since.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// Points the slice's L1 entry at a new L2 table.
+    pub(super) fn link_table(&self, slice: u64, table: HostOffset, ordered: bool) {
+        let index = self.l1_index(slice);
+        // Locked from before the store, so that who has seen the entry finds its order noted.
+        let mut dirty = lock(&self.dirty);
+        if let Some(entry) = self.l1.get(index) {
+            entry.store(entry::data(table), Ordering::Release);
+        }
+        dirty.l1_units.insert(index as u64 / (self.l1_unit() / 8));
+        dirty.l1_ordered |= ordered;
+        dirty.since.get_or_insert_with(Instant::now);
+    }
+
+    /// Takes all that is dirty; what a failed flush took comes back by [`Tables::put_dirty`].
+    pub(super) fn take_dirty(&self) -> Dirty {
+        std::mem::take(&mut *lock(&self.dirty))
+    }
+
+    /// True if an L1 entry that was linked so far may be written only after a flush of data.
+    pub(super) fn is_l1_ordered(&self) -> bool {
+        lock(&self.dirty).l1_ordered
+    }
+
+    /// Marks L1 units as dirty again.
+    pub(super) fn put_l1_dirty(&self, units: BTreeSet<u64>, ordered: bool) {
+        if !units.is_empty() {
+            let mut dirty = lock(&self.dirty);
+            dirty.l1_units.extend(units);
+            dirty.l1_ordered |= ordered;
+            dirty.since.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// Dirty slices, and for how long the oldest has been.
+    pub(super) fn dirty(&self) -> (usize, Option<Duration>) {
+        let dirty = lock(&self.dirty);
+        (dirty.slices.len(), dirty.since.map(|since| since.elapsed()))
+    }
+
+    /// More slices are in memory than should be, and most of them cannot go before they are written.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.loaded.load(Ordering::Relaxed) > self.limit
+            && lock(&self.dirty).slices.len() > self.limit / 2
+    }
+
+    /// Dirty slices at which they are to be written without being asked.
+    pub(super) fn write_back_threshold(&self) -> usize {
+        (self.limit / 4).clamp(2, 256)
+    }
+
+    /// Bytes of the L1 table that are written at once.
+    pub(super) fn l1_unit(&self) -> u64 {
+        L1_UNIT.min(self.geometry.cluster_size())
+    }
+
+    /// A unit of the L1 table as the file has it, and where.
+    pub(super) fn encode_l1(&self, unit: u64, to: &mut [u8]) -> HostOffset {
+        let entries = self.l1_unit() / 8;
+        let first = (unit * entries) as usize;
+        for (at, to) in to.chunks_exact_mut(8).enumerate() {
+            // The table's last cluster has room behind the last entry: zeros.
+            let raw = self.l1.get(first + at);
+            let raw = raw.map_or(0, |entry| entry.load(Ordering::Acquire));
+            to.copy_from_slice(&raw.to_be_bytes());
+        }
+        HostOffset(self.l1_offset.0 + unit * self.l1_unit())
+    }
+
+    // ---- eviction ----
+
+    /// Throws out clean slices that were not looked at lately, while there are too many. Not `new`, which
+    /// somebody is about to look at: it may be the only clean one.
+    fn evict(&self, io: &Io, new: u64) {
+        let mut clock = lock(&self.clock);
+        let mut graveyard = lock(&self.graveyard);
+        graveyard.retain(|dead| !io.epochs().passed(dead.0));
+        // Two rounds: the first may do no more than take the marks of use away.
+        let mut steps = clock.len() * 2;
+        while clock.len() > self.limit && steps > 0 {
+            steps -= 1;
+            let Some(index) = clock.pop_front() else {
+                break;
+            };
+            let out = self.with(index, |slice| {
+                index != new && !slice.take_used() && slice.begin_evict()
+            });
+            match out {
+                Some(true) => {
+                    if let Some(slice) = self.directory.unlink(index) {
+                        self.loaded.fetch_sub(1, Ordering::Relaxed);
+                        graveyard.push((io.epochs().retire(), slice));
+                    }
+                }
+                Some(false) => clock.push_back(index),
+                None => {}
+            }
+        }
+    }
+
+    /// Slices in memory.
+    #[cfg(test)]
+    pub(super) fn loaded(&self) -> usize {
+        self.loaded.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of the virtual disk.
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+impl Drop for Tables {
+    fn drop(&mut self) {
+        for index in lock(&self.clock).drain(..) {
+            drop(self.directory.unlink(index));
+        }
+    }
+}
+
+/// The right to load a slice; dropping it wakes those that wait for the slice.
+struct Loader<'a> {
+    tables: &'a Tables,
+    slice: u64,
+}
+
+impl Drop for Loader<'_> {
+    fn drop(&mut self) {
+        let waiters = lock(&self.tables.loading).remove(&self.slice);
+        waiters.into_iter().flatten().for_each(Waker::wake);
+    }
+}
+
+async fn read_l1(io: &Io, storage: &Storage, header: &Header) -> Result<Vec<u64>> {
+    let mut raw = Vec::with_capacity(header.l1_entries as usize);
+    let bytes = header.l1_entries * 8;
+    let mut done = 0;
+    while done < bytes {
+        let len = (bytes - done).min(1 << 20);
+        // Whole sectors, so that the read needs no bounce buffer.
+        let mut buf = io.buf(len.next_multiple_of(512) as usize);
+        storage
+            .read(io, header.l1_offset.0 + done, buf.sg())
+            .await?;
+        raw.extend(
+            buf[..len as usize]
+                .chunks_exact(8)
+                .map(|b| b.try_into().map_or(0, u64::from_be_bytes)),
+        );
+        done += len;
+    }
+    Ok(raw)
+}
+
+/// Checks every L1 entry and returns the metadata clusters that they, the header and the L1 table make.
+fn check_l1(
+    raw: &[u64],
+    storage: &Storage,
+    header: &Header,
+    exclusive: bool,
+) -> Result<Vec<Range<u64>>> {
+    let g = header.geometry;
+    let corrupt = |index: usize, what: &str| {
+        let check = format!("qemu-img check -r all {}", header.path.display());
+        Err(Error::image(
+            ErrorKind::Corrupt,
+            &header.path,
+            header.l1_offset.0 + index as u64 * 8,
+            format!("L1 entry {index} {what}; look at the image with: {check}"),
+        ))
+    };
+    let cluster = |offset: u64| offset >> g.cluster_bits;
+    let header_cluster = 0..1;
+    let mut fixed = Vec::from([header_cluster]);
+    if header.l1_entries > 0 {
+        let first = cluster(header.l1_offset.0);
+        fixed.push(first..first + g.clusters(header.l1_entries * 8));
+    }
+    // The refcount table may move, and its clusters become data: it is not among the fixed.
+    let first = cluster(header.refcount_table_offset.0);
+    let refcount_table = first..first + header.refcount_table_clusters;
+    let mut tables: Vec<(u64, usize)> = Vec::new();
+    for (index, &raw) in raw.iter().enumerate() {
+        let offset = entry::l1_offset(raw);
+        if !entry::l1_is_well_formed(raw, &g) || (offset == 0 && raw != 0) {
+            return corrupt(index, "is malformed");
+        }
+        if offset == 0 {
+            continue;
+        }
+        if offset >= storage.len() {
+            return corrupt(index, "points outside the file");
+        }
+        let table = cluster(offset);
+        if fixed.iter().any(|range| range.contains(&table)) || refcount_table.contains(&table) {
+            return corrupt(index, "points at other metadata");
+        }
+        if exclusive && raw & entry::COPIED == 0 {
+            return corrupt(
+                index,
+                "says that its L2 table is shared, in an image without snapshots",
+            );
+        }
+        tables.push((table, index));
+    }
+    tables.sort_unstable();
+    if let Some(pair) = tables.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+        if exclusive {
+            return corrupt(pair[1].1, "points at the L2 table of another entry");
+        }
+    }
+    fixed.extend(tables.into_iter().map(|(table, _)| table..table + 1));
+    fixed.sort_unstable_by_key(|range| range.start);
+    let mut merged: Vec<Range<u64>> = Vec::new();
+    for range in fixed {
+        match merged.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => merged.push(range),
+        }
+    }
+    Ok(merged)
+}

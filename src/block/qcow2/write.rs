@@ -1,0 +1,499 @@
+//! Writing: in place where a cluster is ours alone, else to a new cluster under a claim.
+//!
+//! The order of things in a write to a new cluster, and why (`docs/architecture.md`, "qcow2"):
+//!
+//! 1. The new clusters come with refcount 1, durably. A power loss leaks them at worst.
+//! 2. Data, with the rest of the cluster around it, is written *before* the entry is published: readers
+//!    never see a mapping without its data. Until then they, and the file, have the old mapping.
+//! 3. The entry is published, and the slice marked dirty *before* the old cluster is freed. So a flush that
+//!    lets the freed cluster go has the new entry in its snapshot.
+//! 4. What fails before the publication leaves nothing behind: the new clusters go back, the claim ends,
+//!    the old mapping stands.
+//!
+//! When the mapping may go to the file is `flush`'s business. It is told (`ordered`) if the file's
+//! mapping may not come before the data: always, but where old content and new cluster both are zeros.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use libc::iovec;
+
+use super::Qcow2;
+use super::alloc::{Allocator, Fresh};
+use super::below::Below;
+use super::claim::{Attempt, Claim};
+use super::entry::{self, Entry, decode};
+use super::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
+use crate::block::error::{Error, ErrorKind, Result};
+use crate::block::stack::Window;
+use crate::reactor::{AlignedBuf, Io, Sg};
+
+/// Where a write goes.
+pub(super) enum Target {
+    /// To clusters that are ours alone.
+    InPlace { host: HostOffset, len: u64 },
+    /// To new clusters, or to reserved ones that read as zeros.
+    Claim,
+    /// The slice of this number is needed first.
+    Missing(u64),
+    /// The slice of this number has no L2 table yet.
+    NoTable(u64),
+    /// The entry of this cluster is not valid.
+    Bad(GuestCluster),
+}
+
+impl Qcow2 {
+    /// Writes all of `from` at `offset`. `below` shows what unallocated clusters show. Complete when it
+    /// returns; durable with the next flush.
+    ///
+    /// # Errors
+    /// Those of the storage and of allocation; what was written of the range is not defined then, and
+    /// nothing outside of it has changed.
+    #[inline]
+    pub async fn write<B: Below + ?Sized>(
+        &self,
+        io: &Io,
+        below: &B,
+        offset: u64,
+        from: Sg<'_>,
+    ) -> Result<()> {
+        self.check_range(offset, from.len() as u64)?;
+        self.check_writes()?;
+        // The common case: the whole range lies in one piece, in clusters that are ours alone.
+        if let Target::InPlace { host, len } = self.target(offset, from.len() as u64) {
+            if len == from.len() as u64 {
+                return self.storage.write(io, host.0, from).await;
+            }
+        }
+        let mut window = Window::default();
+        let written = self
+            .write_pieces(io, below, offset, from, &mut window)
+            .await;
+        // Whatever happened, what is under way ends before its memory is let go.
+        let ended = window.finish_all(io).await;
+        written.and(ended)
+    }
+
+    /// Writes run by run. Runs in place stay under way in `window` while the next are looked for; all have
+    /// ended before this waits for anything else. A transfer under way may hold blocks of the device
+    /// ([`Storage`](crate::block::storage::Storage) keeps writes to parts of a block apart): with one at
+    /// hand, waiting for a claim or for a block of which only a part is written could be waiting in a ring.
+    async fn write_pieces<'a, B: Below + ?Sized>(
+        &'a self,
+        io: &'a Io,
+        below: &B,
+        mut offset: u64,
+        mut rest: Sg<'a>,
+        window: &mut Window<'a>,
+    ) -> Result<()> {
+        let align = self.storage.limits().io_align as u64;
+        while !rest.is_empty() {
+            let target = self.target(offset, rest.len() as u64);
+            let done = match target {
+                Target::InPlace { host, len } if (host.0 | len) & (align - 1) == 0 => {
+                    let (part, _) = rest.split_at(len as usize);
+                    window.make_room(io).await?;
+                    window.push(self.storage.begin_write(io, host.0, part));
+                    len
+                }
+                Target::InPlace { host, len } => {
+                    window.finish_all(io).await?;
+                    let (part, _) = rest.split_at(len as usize);
+                    self.storage.write(io, host.0, part).await?;
+                    len
+                }
+                other => {
+                    window.finish_all(io).await?;
+                    match other {
+                        Target::Claim => self.write_new(io, below, offset, rest).await?,
+                        other => self.prepare(io, other).await?,
+                    }
+                }
+            };
+            offset += done;
+            rest = rest.split_at(done as usize).1;
+        }
+        Ok(())
+    }
+
+    /// Refuses writes to an image that is not to be written to.
+    #[inline]
+    pub(super) fn check_writes(&self) -> Result<()> {
+        if self.refuse_writes.load(Ordering::Relaxed) {
+            return Err(self.refused());
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn refused(&self) -> Error {
+        let path = &self.header.path;
+        if self.alloc.is_none() {
+            return Error::image(ErrorKind::ReadOnly, path, None, "opened read-only");
+        }
+        Error::image(
+            ErrorKind::Corrupt,
+            path,
+            None,
+            format!(
+                "the image was found to be corrupt and is no longer written to; repair it with: qemu-img check -r all {}",
+                path.display()
+            ),
+        )
+    }
+
+    /// Where a write of up to `len` bytes at `offset` goes.
+    #[inline]
+    pub(super) fn target(&self, offset: u64, len: u64) -> Target {
+        let g = &self.tables.geometry;
+        let cluster = g.guest_cluster(GuestOffset(offset));
+        let skip = g.in_cluster(offset);
+        let place = self.tables.place(cluster);
+        let found = self.tables.with(place.slice, |slice| {
+            slice.touch();
+            let Entry::Data { host, copied: true } = decode(slice.get(place.at), g) else {
+                return match decode(slice.get(place.at), g) {
+                    Entry::Bad => Target::Bad(cluster),
+                    _ => Target::Claim,
+                };
+            };
+            let wanted = g
+                .clusters(skip + len)
+                .min(self.tables.left_in_slice(cluster)) as usize;
+            let clusters = self.run(slice, place.at, wanted, |n, next| {
+                let want = HostOffset(host.0 + ((n as u64) << g.cluster_bits));
+                next == Entry::Data {
+                    host: want,
+                    copied: true,
+                }
+            });
+            Target::InPlace {
+                host: HostOffset(host.0 + skip),
+                len: (((clusters as u64) << g.cluster_bits) - skip).min(len),
+            }
+        });
+        match found {
+            Some(target) => target,
+            None if self.tables.slice_offset(place.slice).is_some() => Target::Missing(place.slice),
+            None => Target::NoTable(place.slice),
+        }
+    }
+
+    /// Does what must be done before a target can be had; then look again. Always 0: bytes written.
+    #[cold]
+    pub(super) async fn prepare(&self, io: &Io, target: Target) -> Result<u64> {
+        match target {
+            Target::Missing(slice) => self.load(io, slice).await?,
+            Target::NoTable(slice) => self.make_table(io, slice).await?,
+            Target::Bad(cluster) => return Err(self.bad_entry(cluster)),
+            Target::InPlace { .. } | Target::Claim => {}
+        }
+        Ok(0)
+    }
+
+    /// Writes to as many new clusters as can be claimed and had in one run. Returns bytes written; 0:
+    /// things have changed, look again.
+    pub(super) async fn write_new<B: Below + ?Sized>(
+        &self,
+        io: &Io,
+        below: &B,
+        offset: u64,
+        from: Sg<'_>,
+    ) -> Result<u64> {
+        let g = &self.tables.geometry;
+        let cluster = g.guest_cluster(GuestOffset(offset));
+        let wanted = g.clusters(g.in_cluster(offset) + from.len() as u64);
+        let first = std::cell::Cell::new(Entry::Bad);
+        let attempt = self.tables.try_claim(cluster, wanted, |n, raw| {
+            let entry = decode(raw, g);
+            if n == 0 {
+                first.set(entry);
+                return !matches!(entry, Entry::Bad | Entry::Data { copied: true, .. });
+            }
+            match first.get() {
+                // Reserved clusters are used as they are, as far as they lie in a row.
+                Entry::Zero {
+                    host: Some(host),
+                    copied: true,
+                } => {
+                    entry
+                        == Entry::Zero {
+                            host: Some(HostOffset(host.0 + ((n as u64) << g.cluster_bits))),
+                            copied: true,
+                        }
+                }
+                _ => !matches!(
+                    entry,
+                    Entry::Bad
+                        | Entry::Data { copied: true, .. }
+                        | Entry::Zero {
+                            host: Some(_),
+                            copied: true
+                        }
+                ),
+            }
+        });
+        let claim = match attempt {
+            Attempt::Claimed(claim) => claim,
+            Attempt::Busy => {
+                self.tables.unclaimed(cluster).await;
+                return Ok(0);
+            }
+            Attempt::Unwanted | Attempt::Missing => return Ok(0),
+        };
+        match first.get() {
+            Entry::Zero {
+                host: Some(host),
+                copied: true,
+            } => self.write_reserved(io, claim, host, offset, from).await,
+            _ => self.write_fresh(io, below, claim, offset, from).await,
+        }
+    }
+
+    /// The claimed clusters have host clusters whose contents do not count: they read as zeros. The rest
+    /// of the first and last is written as zeros.
+    async fn write_reserved(
+        &self,
+        io: &Io,
+        claim: Claim<'_>,
+        host: HostOffset,
+        offset: u64,
+        from: Sg<'_>,
+    ) -> Result<u64> {
+        let g = &self.tables.geometry;
+        let skip = g.in_cluster(offset);
+        let end = (claim.count() as u64) << g.cluster_bits;
+        let len = (end - skip).min(from.len() as u64);
+        let mut head = zeros(io, skip);
+        let mut tail = zeros(io, end - skip - len);
+        self.write_around(
+            io,
+            host,
+            &mut head,
+            from.split_at(len as usize).0,
+            &mut tail,
+        )
+        .await?;
+        // The host cluster may hold old data durably: not to be seen before the new.
+        let ordered = true;
+        claim.slice().note_order(ordered);
+        for n in 0..claim.count() {
+            let host = HostOffset(host.0 + ((n as u64) << g.cluster_bits));
+            claim.publish(n, entry::data(host));
+        }
+        self.tables.mark_dirty(claim.slice(), ordered);
+        Ok(len)
+    }
+
+    /// New clusters for the claimed ones.
+    async fn write_fresh<B: Below + ?Sized>(
+        &self,
+        io: &Io,
+        below: &B,
+        mut claim: Claim<'_>,
+        offset: u64,
+        from: Sg<'_>,
+    ) -> Result<u64> {
+        let g = &self.tables.geometry;
+        let skip = g.in_cluster(offset);
+        let fresh = self.allocate(io, claim.count() as u64).await?;
+        let (first, count) = (fresh.first(), fresh.count());
+        claim.truncate(count as usize);
+        let end = count << g.cluster_bits;
+        let len = (end - skip).min(from.len() as u64);
+        let base = offset - skip;
+
+        // What was there before, where the guest's bytes do not cover it.
+        let (old_head, old_tail) = (claim.get(0), claim.get(count as usize - 1));
+        let untouched = |raw| fresh.zeroed() && self.reads_zero(raw);
+        let mut head = io.buf(0);
+        if skip > 0 && !untouched(old_head) {
+            head = io.buf(skip as usize);
+            self.read_old(io, below, old_head, base, head.sg()).await?;
+        }
+        let mut tail = io.buf(0);
+        if skip + len < end && !untouched(old_tail) {
+            tail = io.buf((end - skip - len) as usize);
+            let at = base + skip + len;
+            self.read_old(io, below, old_tail, at, tail.sg()).await?;
+        }
+        let host = HostOffset(g.host_offset(first).0 + skip - head.len() as u64);
+        let part = from.split_at(len as usize).0;
+        self.write_around(io, host, &mut head, part, &mut tail)
+            .await?;
+
+        let zeros = fresh.zeroed() && (0..claim.count()).all(|n| self.reads_zero(claim.get(n)));
+        let ordered = !zeros;
+        claim.slice().note_order(ordered);
+        let mut freed = Freed::default();
+        for n in 0..claim.count() {
+            freed.note(self, claim.get(n));
+            claim.publish(
+                n,
+                entry::data(g.host_offset(HostCluster(first.0 + n as u64))),
+            );
+        }
+        fresh.keep();
+        self.tables.mark_dirty(claim.slice(), ordered);
+        drop(claim);
+        freed.free(self, io);
+        Ok(len)
+    }
+
+    /// One write of `head`, `part` and `tail`, one behind the other.
+    async fn write_around(
+        &self,
+        io: &Io,
+        host: HostOffset,
+        head: &mut AlignedBuf,
+        part: Sg<'_>,
+        tail: &mut AlignedBuf,
+    ) -> Result<()> {
+        if head.is_empty() && tail.is_empty() {
+            return self.storage.write(io, host.0, part).await;
+        }
+        let list: Vec<iovec> = head
+            .sg()
+            .iter()
+            .chain(part.iter())
+            .chain(tail.sg().iter())
+            .map(|(ptr, len)| iovec {
+                iov_base: ptr.cast(),
+                iov_len: len,
+            })
+            .collect();
+        // SAFETY: the pieces come from lists whose memory outlives this call, and nothing else uses the
+        // buffers meanwhile.
+        let all = unsafe { Sg::new(&list) };
+        self.storage.write(io, host.0, all).await
+    }
+
+    /// True if an unreplaced entry reads as zeros.
+    pub(super) fn reads_zero(&self, raw: u64) -> bool {
+        match decode(raw, &self.tables.geometry) {
+            Entry::Unallocated => !self.has_backing,
+            Entry::Zero { .. } => true,
+            Entry::Data { .. } | Entry::Compressed(_) | Entry::Bad => false,
+        }
+    }
+
+    /// Reads what a claimed entry shows, at the guest's `offset`, inside its cluster.
+    async fn read_old<B: Below + ?Sized>(
+        &self,
+        io: &Io,
+        below: &B,
+        raw: u64,
+        offset: u64,
+        to: Sg<'_>,
+    ) -> Result<()> {
+        let g = &self.tables.geometry;
+        let skip = g.in_cluster(offset);
+        match decode(raw, g) {
+            Entry::Unallocated if self.has_backing => below.read(io, offset, to).await,
+            Entry::Unallocated | Entry::Zero { .. } => {
+                to.zero();
+                Ok(())
+            }
+            Entry::Data { host, .. } => self.storage.read(io, host.0 + skip, to).await,
+            Entry::Compressed(data) => self.read_compressed(io, data, skip, to).await,
+            Entry::Bad => Err(self.bad_entry(g.guest_cluster(GuestOffset(offset)))),
+        }
+    }
+
+    /// Makes an L2 table for a slice that has none. The new table is a cluster of zeros, durably, so it is
+    /// valid from the first moment and its L1 entry goes to the file whenever the next flush does.
+    #[cold]
+    pub(super) async fn make_table(&self, io: &Io, slice: u64) -> Result<()> {
+        let _one = self.new_table.lock().await;
+        if self.tables.slice_offset(slice).is_some() {
+            return Ok(());
+        }
+        let g = &self.tables.geometry;
+        let fresh = self.allocate(io, 1).await?;
+        let table = g.host_offset(fresh.first());
+        let zeroed = fresh.zeroed();
+        if !zeroed {
+            self.storage
+                .write_zeroes(io, table.0, g.cluster_size(), false)
+                .await?;
+        }
+        self.allocator()?
+            .reserve_metadata(fresh.first(), 1, "L2 table")?;
+        self.tables.link_table(slice, table, !zeroed);
+        fresh.keep();
+        Ok(())
+    }
+
+    pub(super) fn allocator(&self) -> Result<&Arc<Allocator>> {
+        self.alloc.as_ref().ok_or_else(|| self.refused())
+    }
+
+    /// New clusters. If what is free turns out to be in use, the refcounts are wrong, and every write
+    /// would do more damage: none comes after that.
+    async fn allocate(&self, io: &Io, want: u64) -> Result<Fresh<'_>> {
+        let result = self.allocator()?.allocate(io, want).await;
+        match &result {
+            Err(error) if error.kind() == ErrorKind::Corrupt => self.stop_writing(io, error).await,
+            _ => {}
+        }
+        result
+    }
+
+    #[cold]
+    async fn stop_writing(&self, io: &Io, why: &Error) {
+        if self.refuse_writes.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        log::error!("{why}; the image is no longer written to");
+        let mut marked = self.header.mark_corrupt(io, &self.storage).await;
+        if marked.is_ok() {
+            marked = self.storage.flush(io).await;
+        }
+        if let Err(error) = marked {
+            log::error!("marking the image as corrupt: {error}");
+        }
+    }
+}
+
+fn zeros(io: &Io, len: u64) -> AlignedBuf {
+    let mut buf = io.buf(len as usize);
+    buf.fill(0);
+    buf
+}
+
+/// Host clusters that entries have stopped pointing at.
+#[derive(Default)]
+pub(super) struct Freed {
+    runs: Vec<(HostCluster, u64)>,
+}
+
+impl Freed {
+    /// Takes the clusters of an entry that is being replaced.
+    pub(super) fn note(&mut self, image: &Qcow2, raw: u64) {
+        let g = &image.tables.geometry;
+        match decode(raw, g) {
+            Entry::Data { host, .. }
+            | Entry::Zero {
+                host: Some(host), ..
+            } => {
+                let cluster = g.host_cluster(host);
+                match self.runs.last_mut() {
+                    Some((first, count)) if first.0 + *count == cluster.0 => *count += 1,
+                    _ => self.runs.push((cluster, 1)),
+                }
+            }
+            // Several compressed clusters may share one: each gives back its own reference.
+            Entry::Compressed(data) => self.runs.push(data.clusters(g)),
+            Entry::Unallocated | Entry::Zero { host: None, .. } | Entry::Bad => {}
+        }
+    }
+
+    /// Gives them to limbo. After the entries that replaced them were published and marked dirty.
+    pub(super) fn free(self, image: &Qcow2, io: &Io) {
+        if let Some(alloc) = &image.alloc {
+            for (first, count) in self.runs {
+                alloc.free(io, first, count);
+            }
+        }
+    }
+}

@@ -1,0 +1,447 @@
+//! One ring with its request slots.
+//!
+//! A slot is a task that lives as long as the ring: it waits to be started, runs one request to its
+//! end, and waits again. So the state of a request is a Rust future that was allocated once, and a slot
+//! is named by the head descriptor of the request it runs; a driver that makes a head available again
+//! before its request has ended breaks the ring.
+
+use std::cell::{Cell, RefCell};
+use std::fs::File;
+use std::future::poll_fn;
+use std::io::{Read, Write};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::SyncSender;
+use std::task::Poll;
+
+use log::{error, warn};
+
+use super::device::DeviceShared;
+use super::mailbox::{RingFile, RingKey, Start};
+use super::stats::RingStats;
+use crate::block::{self, ActiveDisk};
+use crate::reactor::{Io, IoFile, Sg, TaskId};
+use crate::virtio::blk::request::{self, Command, Outcome, Parsed, Status};
+use crate::virtio::memory::GuestMemory;
+use crate::virtio::ring::{ChainBuf, RingError, SplitRing};
+
+/// Buffers of a chain that a fresh slot has room for: 1 MiB in 4 KiB pages would need 256, most
+/// requests a handful. A slot grows to what its driver sends and stays so.
+const SLOT_BUFFERS: usize = 16;
+
+/// A ring as its worker holds it.
+pub(super) struct Queue {
+    pub(super) key: RingKey,
+    io: Io,
+    ring: RefCell<SplitRing>,
+    /// Guest memory as new requests see it; a request keeps what it began with.
+    memory: RefCell<Rc<Snapshot>>,
+    disk: Arc<ActiveDisk>,
+    device: Arc<DeviceShared>,
+    features: u64,
+    slots: RefCell<Vec<Option<Rc<Slot>>>>,
+    kick: RefCell<Option<TaskId>>,
+    /// No kick file: the driver never notifies, so the ring is always polled.
+    polled: Cell<bool>,
+    call: RefCell<Option<File>>,
+    err: RefCell<Option<File>>,
+    in_flight: Cell<u32>,
+    enabled: Cell<bool>,
+    broken: Cell<bool>,
+    stopping: RefCell<Option<SyncSender<Option<u16>>>>,
+    stats: Arc<RingStats>,
+}
+
+/// Guest memory between two changes of the table. Counted within the thread, so that a request's share
+/// in it costs no atomic operation on a line that all workers write.
+struct Snapshot(Arc<GuestMemory>);
+
+struct Slot {
+    task: Cell<Option<TaskId>>,
+    started: Cell<bool>,
+    busy: Cell<bool>,
+}
+
+impl Queue {
+    /// Takes a ring over. The driver is signalled once, since it may be waiting for what a predecessor
+    /// completed and did not say.
+    pub(super) fn start(key: RingKey, io: &Io, start: Start) -> Result<Rc<Self>, RingError> {
+        let ring = SplitRing::new(&start.memory, &start.config)?;
+        let queue = Rc::new(Self {
+            key,
+            io: io.clone(),
+            slots: RefCell::new(vec![None; usize::from(ring.size())]),
+            ring: RefCell::new(ring),
+            memory: RefCell::new(Rc::new(Snapshot(start.memory))),
+            disk: start.disk,
+            device: start.device,
+            features: start.features,
+            kick: RefCell::new(None),
+            polled: Cell::new(false),
+            call: RefCell::new(None),
+            err: RefCell::new(start.err),
+            in_flight: Cell::new(0),
+            enabled: Cell::new(start.enabled),
+            broken: Cell::new(false),
+            stopping: RefCell::new(None),
+            stats: start.stats,
+        });
+        queue.set_file(RingFile::Kick, start.kick);
+        queue.set_file(RingFile::Call, start.call);
+        queue.ring.borrow_mut().disable_notification();
+        Ok(queue)
+    }
+
+    pub(super) fn set_file(self: &Rc<Self>, which: RingFile, file: Option<File>) {
+        match which {
+            RingFile::Kick => {
+                if let Some(task) = self.kick.take() {
+                    self.io.remove(task);
+                }
+                self.polled.set(file.is_none());
+                if let Some(file) = file {
+                    let watch = watch_kicks(self.io.clone(), IoFile::new(file), self.stats.clone());
+                    self.kick.replace(Some(self.io.spawn(watch)));
+                }
+            }
+            RingFile::Call => {
+                self.call.replace(file);
+                self.interrupt();
+            }
+            RingFile::Err => {
+                self.err.replace(file);
+            }
+        }
+    }
+
+    pub(super) fn set_enabled(&self, enabled: bool) {
+        self.enabled.set(enabled);
+    }
+
+    /// Replaces guest memory. Requests under way keep the old mapping alive until they end.
+    pub(super) fn set_memory(&self, memory: &Arc<GuestMemory>) -> Result<(), RingError> {
+        let remapped = self.ring.borrow_mut().remap(memory);
+        if let Err(error) = &remapped {
+            self.break_ring(error);
+        } else {
+            self.memory.replace(Rc::new(Snapshot(memory.clone())));
+        }
+        remapped
+    }
+
+    fn fetches(&self) -> bool {
+        self.enabled.get() && !self.broken.get() && self.stopping.borrow().is_none()
+    }
+
+    /// True if the worker must not sleep because of this ring.
+    pub(super) fn is_polled(&self) -> bool {
+        self.polled.get() && self.fetches()
+    }
+
+    /// Fetches what the driver made available and starts it. Returns true if there was anything.
+    #[inline]
+    pub(super) fn poll(self: &Rc<Self>) -> bool {
+        if !self.fetches() {
+            return false;
+        }
+        let mut fetched = 0;
+        let budget = self.ring.borrow().size();
+        while fetched < budget {
+            let popped = self.ring.borrow_mut().pop();
+            match popped {
+                Ok(Some(head)) => self.begin(head),
+                Ok(None) => break,
+                Err(error) => {
+                    self.break_ring(&error);
+                    break;
+                }
+            }
+            if self.broken.get() {
+                break;
+            }
+            fetched += 1;
+        }
+        if fetched > 0 {
+            self.stats.requests.add(u64::from(fetched));
+        }
+        fetched > 0
+    }
+
+    #[inline]
+    fn begin(self: &Rc<Self>, head: u16) {
+        let slot = self.slots.borrow()[usize::from(head)].clone();
+        let slot = slot.unwrap_or_else(|| self.new_slot(head));
+        if slot.busy.replace(true) {
+            self.break_ring(&format_args!(
+                "the driver made descriptor {head} available again before its request ended"
+            ));
+            return;
+        }
+        slot.started.set(true);
+        self.count_in_flight(self.in_flight.get() + 1);
+        if let Some(task) = slot.task.get() {
+            self.io.poll_now(task);
+        }
+    }
+
+    #[cold]
+    fn new_slot(self: &Rc<Self>, head: u16) -> Rc<Slot> {
+        let slot = Rc::new(Slot {
+            task: Cell::new(None),
+            started: Cell::new(false),
+            busy: Cell::new(false),
+        });
+        let task = self.io.spawn(serve(self.clone(), slot.clone(), head));
+        slot.task.set(Some(task));
+        self.slots.borrow_mut()[usize::from(head)] = Some(slot.clone());
+        slot
+    }
+
+    fn count_in_flight(&self, count: u32) {
+        self.in_flight.set(count);
+        self.stats.in_flight.store(count, Ordering::Relaxed);
+    }
+
+    /// Runs one request; returns how many bytes were written to the guest.
+    #[inline]
+    async fn run(&self, memory: &GuestMemory, head: u16, chain: &mut ChainBuf) -> u32 {
+        let collected = self.ring.borrow().read_chain(memory, head, chain);
+        if let Err(error) = collected {
+            self.complain(&format_args!("descriptor chain {head}: {error}"));
+            return 0;
+        }
+        match request::parse(chain, &self.device.limits, self.features) {
+            Outcome::Execute(parsed) => {
+                let status = self.execute(&parsed, chain).await;
+                if status != Status::Ok {
+                    self.stats.errors.count();
+                }
+                parsed.finish(status)
+            }
+            Outcome::Finish { status, reply } => {
+                self.stats.errors.count();
+                reply.finish(status)
+            }
+            Outcome::Broken => {
+                self.complain(&format_args!("request {head} has no room for a status"));
+                0
+            }
+        }
+    }
+
+    #[inline]
+    async fn execute(&self, parsed: &Parsed, chain: &ChainBuf) -> Status {
+        // SAFETY: the buffers lie in guest memory, which the caller keeps mapped until the request ends,
+        // and to which no Rust reference exists.
+        let data = unsafe { Sg::new(parsed.data(chain)) };
+        let io = &self.io;
+        let done = match parsed.command {
+            Command::Read { offset, .. } => self.disk.read(io, offset, data).await,
+            Command::Write { offset, .. } => match self.disk.write(io, offset, data).await {
+                Ok(()) => self.write_through().await,
+                error => error,
+            },
+            Command::Flush => self.disk.flush(io).await,
+            Command::GetId => {
+                request::fill_id(parsed, chain, &self.device.id);
+                Ok(())
+            }
+            Command::Discard => {
+                let mut done = Ok(());
+                for segment in parsed.segments(chain) {
+                    done = self.disk.discard(io, segment.offset, segment.len).await;
+                    if done.is_err() {
+                        break;
+                    }
+                }
+                done
+            }
+            Command::WriteZeroes => {
+                let mut done = Ok(());
+                for s in parsed.segments(chain) {
+                    done = self.disk.write_zeroes(io, s.offset, s.len, s.unmap).await;
+                    if done.is_err() {
+                        break;
+                    }
+                }
+                match done {
+                    Ok(()) => self.write_through().await,
+                    error => error,
+                }
+            }
+        };
+        match done {
+            Ok(()) => Status::Ok,
+            Err(error) => {
+                self.complain(&error);
+                if error.kind() == block::ErrorKind::Unsupported {
+                    Status::Unsupp
+                } else {
+                    Status::IoErr
+                }
+            }
+        }
+    }
+
+    /// Without a write cache a write is durable before it completes (virtio 5.2.6.2).
+    #[inline]
+    async fn write_through(&self) -> block::Result<()> {
+        if self.device.write_through.load(Ordering::Relaxed) {
+            self.disk.flush(&self.io).await
+        } else {
+            Ok(())
+        }
+    }
+
+    #[inline]
+    fn finish(&self, head: u16, written: u32) {
+        self.ring.borrow_mut().push_used(head, written);
+        self.count_in_flight(self.in_flight.get() - 1);
+    }
+
+    /// Shows the driver what was completed since the last call, and interrupts it if it asked.
+    #[inline]
+    pub(super) fn publish(&self) {
+        let wanted = self.ring.borrow_mut().publish();
+        if wanted {
+            self.interrupt();
+        }
+    }
+
+    fn interrupt(&self) {
+        if let Some(mut call) = self.call.borrow().as_ref() {
+            self.stats.interrupts.count();
+            match call.write(&1u64.to_ne_bytes()) {
+                // Full: it has been signalled and not taken, so the driver will look.
+                Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => {
+                    self.complain(&format_args!("call file: {error}"));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Asks the driver to notify us. Returns true if requests are waiting already.
+    pub(super) fn before_sleep(&self) -> bool {
+        self.fetches() && !self.polled.get() && self.ring.borrow_mut().enable_notification()
+    }
+
+    /// Asks the driver not to notify us.
+    pub(super) fn after_sleep(&self, slept: bool) {
+        self.stats.sleeps.add(u64::from(slept));
+        if self.fetches() {
+            self.ring.borrow_mut().disable_notification();
+        }
+    }
+
+    /// The ring can not be trusted any more: it is not looked at again, and the VMM is told.
+    #[cold]
+    fn break_ring(&self, why: &dyn std::fmt::Display) {
+        if self.broken.replace(true) {
+            return;
+        }
+        error!(
+            "{}: ring {} is broken and stopped: {why}; the guest must reset the device",
+            self.device.name, self.key.1
+        );
+        if let Some(mut err) = self.err.borrow().as_ref() {
+            if let Err(error) = err.write(&1u64.to_ne_bytes()) {
+                warn!(
+                    "{}: ring {}: error file: {error}",
+                    self.device.name, self.key.1
+                );
+            }
+        }
+    }
+
+    /// Logs what went wrong with a request; a guest can cause it at will, so ever more rarely.
+    #[cold]
+    fn complain(&self, what: &dyn std::fmt::Display) {
+        let count = self.device.complaints.fetch_add(1, Ordering::Relaxed) + 1;
+        if count <= 16 || count.is_power_of_two() {
+            warn!(
+                "{}: ring {}: {what} (failed requests so far: {count})",
+                self.device.name, self.key.1
+            );
+        }
+    }
+
+    /// Begins to stop: nothing more is fetched. The answer goes out when all has ended.
+    pub(super) fn stop(&self, reply: SyncSender<Option<u16>>) {
+        self.stopping.replace(Some(reply));
+    }
+
+    /// True once a stop was asked for and nothing is under way.
+    pub(super) fn is_stopped(&self) -> bool {
+        self.in_flight.get() == 0 && self.stopping.borrow().is_some()
+    }
+
+    /// Lets everything go and answers the stop. The last thing that happens to a queue.
+    pub(super) fn end(&self) {
+        self.publish();
+        // A successor must be notified, whatever we asked for last.
+        if !self.broken.get() {
+            self.ring.borrow_mut().enable_notification();
+        }
+        if let Some(task) = self.kick.take() {
+            self.io.remove(task);
+        }
+        for slot in self.slots.take().into_iter().flatten() {
+            if let Some(task) = slot.task.take() {
+                self.io.remove(task);
+            }
+        }
+    }
+
+    /// What the stop is answered with, and to whom.
+    pub(super) fn take_stop(&self) -> Option<(SyncSender<Option<u16>>, u16)> {
+        let reply = self.stopping.take()?;
+        Some((reply, self.ring.borrow().next_avail()))
+    }
+}
+
+/// The life of a slot.
+async fn serve(queue: Rc<Queue>, slot: Rc<Slot>, head: u16) {
+    let mut chain = ChainBuf::with_capacity(SLOT_BUFFERS);
+    loop {
+        poll_fn(|_| {
+            if slot.started.take() {
+                Poll::Ready(())
+            } else {
+                Poll::Pending
+            }
+        })
+        .await;
+        let memory = queue.memory.borrow().clone();
+        let written = queue.run(&memory.0, head, &mut chain).await;
+        slot.busy.set(false);
+        queue.finish(head, written);
+    }
+}
+
+/// Takes the driver's notifications: each wakes the worker, which then looks at the ring.
+async fn watch_kicks(io: Io, kick: IoFile, stats: Arc<RingStats>) {
+    loop {
+        match io.readable(&kick).await {
+            Ok(events) if events & libc::POLLIN as u32 != 0 => {
+                let mut count = [0; 8];
+                match kick.get().read(&mut count) {
+                    Ok(0) => break,
+                    Ok(_) => stats.kicks.count(),
+                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                    Err(error) => {
+                        warn!("kick file: {error}; the ring is no longer notified");
+                        break;
+                    }
+                }
+            }
+            // Hung up: a pipe whose other end is gone.
+            Ok(_) => break,
+            Err(error) => {
+                warn!("kick file: {error}; the ring is no longer notified");
+                break;
+            }
+        }
+    }
+}

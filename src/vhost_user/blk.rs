@@ -1,0 +1,70 @@
+//! The data plane's virtio-blk device, as a session sees it.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use super::device::{Device, RingStart};
+use crate::dataplane::BlkDevice;
+use crate::virtio::memory::GuestMemory;
+
+fn words(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+impl Device for BlkDevice {
+    fn features(&self) -> u64 {
+        BlkDevice::features(self)
+    }
+
+    fn num_queues(&self) -> u16 {
+        BlkDevice::num_queues(self)
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        BlkDevice::max_queue_size(self)
+    }
+
+    fn config(&self, offset: u32, len: u32) -> Result<Vec<u8>, String> {
+        BlkDevice::config(self, offset, len).map_err(words)
+    }
+
+    fn set_config(&self, offset: u32, data: &[u8]) -> Result<(), String> {
+        BlkDevice::set_config(self, offset, data).map_err(words)
+    }
+
+    fn set_acked_features(&self, features: u64) {
+        BlkDevice::set_acked_features(self, features);
+    }
+
+    fn start_ring(&self, index: u16, start: RingStart) -> Result<(), String> {
+        BlkDevice::start_ring(self, index, start).map_err(words)
+    }
+
+    fn stop_ring(&self, index: u16, progress: &mut dyn FnMut(u32)) -> Result<u16, String> {
+        BlkDevice::stop_ring(self, index, progress).map_err(words)
+    }
+
+    fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), String> {
+        BlkDevice::set_memory(self, &memory).map_err(words)
+    }
+
+    fn set_kick(&self, index: u16, kick: Option<File>) -> Result<(), String> {
+        BlkDevice::set_kick(self, index, kick).map_err(words)
+    }
+
+    fn set_call(&self, index: u16, call: Option<File>) -> Result<(), String> {
+        BlkDevice::set_call(self, index, call).map_err(words)
+    }
+
+    fn set_err(&self, index: u16, err: Option<File>) -> Result<(), String> {
+        BlkDevice::set_err(self, index, err).map_err(words)
+    }
+
+    fn set_enabled(&self, index: u16, enabled: bool) -> Result<(), String> {
+        BlkDevice::set_enabled(self, index, enabled).map_err(words)
+    }
+
+    fn reset(&self) {
+        BlkDevice::reset(self);
+    }
+}
