@@ -9,7 +9,7 @@ use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::{error, info};
 use thiserror::Error;
@@ -28,6 +28,9 @@ use crate::virtio::ring::{RingConfig, RingError};
 
 /// How often a stop that waits for requests says so.
 const PROGRESS_EVERY: Duration = Duration::from_secs(3);
+/// How long a locked image is waited for, and how often it is tried.
+const LOCK_PATIENCE: Duration = Duration::from_secs(3);
+const LOCK_RETRY: Duration = Duration::from_millis(10);
 /// Submission queue entries of the io_uring that takes and gives back an image.
 const CONTROL_RING_ENTRIES: u32 = 64;
 
@@ -217,9 +220,7 @@ impl BlkDevice {
         let disk = match &control.active {
             Some(disk) => disk.clone(),
             None => {
-                let io = self.control_io()?;
-                let disk = io.block_on(self.disk.activate(&io, self.plane.workers()))?;
-                io.close();
+                let disk = self.take_image()?;
                 control.active = Some(disk.clone());
                 disk
             }
@@ -344,6 +345,26 @@ impl BlkDevice {
             enabled,
             reply,
         })
+    }
+
+    /// Takes the image. Another process may be about to let it go: the source of a migration, or one that
+    /// was killed, whose locks the kernel keeps until it has undone that process's io_uring.
+    fn take_image(&self) -> Result<Arc<ActiveDisk>, DeviceError> {
+        let io = self.control_io()?;
+        let start = Instant::now();
+        let taken = loop {
+            match io.block_on(self.disk.activate(&io, self.plane.workers())) {
+                Err(error)
+                    if error.kind() == block::ErrorKind::Locked
+                        && start.elapsed() < LOCK_PATIENCE =>
+                {
+                    std::thread::sleep(LOCK_RETRY);
+                }
+                other => break other,
+            }
+        };
+        io.close();
+        Ok(taken?)
     }
 
     fn give_back(&self, control: &mut Control) -> Result<(), DeviceError> {
