@@ -12,7 +12,7 @@ usage() {
     cat <<USAGE
 usage: guest-tests/run.sh [--list] [--no-host] [--jobs N] [SCENARIO...]
 
-Builds virtioblkd, runs the host-side tests (cargo test --workspace --release), then each scenario with a
+Builds virtioblkd, runs the host-side tests (cargo test --workspace --profile checked), then each scenario with a
 real Linux guest under QEMU. Prints a line for each scenario, and "N passed, N failed" at the end.
 
   --list      the scenarios, one a line, and nothing else
@@ -81,8 +81,8 @@ mkdir -p "$LOGS"
 # counts of its own and is one failure.
 host_tests() {
     local log=$LOGS/host-tests.log started=$SECONDS passed failed status=0
-    step "host-side tests (cargo test --workspace --release)"
-    "$CARGO" test --workspace --release --no-fail-fast --manifest-path "$REPO_ROOT/Cargo.toml" >"$log" 2>&1 </dev/null &
+    step "host-side tests (cargo test --workspace --profile checked)"
+    "$CARGO" test --workspace --profile checked --no-fail-fast --manifest-path "$REPO_ROOT/Cargo.toml" >"$log" 2>&1 </dev/null &
     own_pid $!
     follow_results "$log" $!
     wait $! || status=$?

@@ -139,6 +139,8 @@ fn killed_daemon_can_be_started_again_and_keeps_what_was_flushed() {
         rig.restart();
     }
     rig.daemon.terminate();
+    // The last one that was killed may still be on its way out.
+    qemu::wait_unlocked(&rig.image(), "qcow2");
     qemu::check_no_corruption(&rig.image());
 }
 
