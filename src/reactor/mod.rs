@@ -3,7 +3,7 @@
 //! An [`Io`] is a thread's handle to its reactor. Everything here is single-threaded, but for waking a
 //! task from another thread ([`std::task::Waker`]) and the [`epoch`] domain.
 //!
-//! - [`Io::read`], [`Io::write`] and their kin queue a submission at once and return a future of the
+//! - `Io::read`, `Io::write` and their kin queue a submission at once and return a future of the
 //!   result; nothing enters the kernel until [`Io::turn`] (or [`Io::park`]) submits the whole batch.
 //! - [`Io::spawn`] and [`Io::slot`] make tasks, [`Io::block_on`] runs one future to its end.
 //! - [`Io::pin`] marks a request as begun, so that memory and clusters it may still look at are not
@@ -16,6 +16,7 @@ pub mod epoch;
 mod executor;
 mod file;
 mod op;
+mod operations;
 mod ring;
 
 #[cfg(test)]

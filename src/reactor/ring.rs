@@ -3,7 +3,6 @@
 use std::cell::{Cell, RefCell, RefMut};
 use std::future::Future;
 use std::io;
-use std::marker::PhantomData;
 use std::os::fd::AsRawFd;
 use std::pin::pin;
 use std::rc::Rc;
@@ -12,36 +11,22 @@ use std::sync::atomic::{Ordering, fence};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::types::{Fd, Fixed, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode, squeue};
 use libc::iovec;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-use super::buf::{AlignedBuf, BufPool, Sg};
+use super::buf::{AlignedBuf, BufPool};
 use super::epoch::{Epochs, Participant, Pin};
 use super::executor::{Executor, ROOT, Remote, TaskId};
 use super::file::{IoFile, Registered, SLOTS};
-use super::op::{Op, OpTable};
+use super::op::OpTable;
+use super::operations::Name;
 
 /// `user_data` of the read that waits for the doorbell.
 const DOORBELL: u64 = u64::MAX;
 /// `user_data` of a cancellation; its own result says nothing that the cancelled operation's does not.
 const CANCEL: u64 = u64::MAX - 1;
-/// The kernel takes this many iovecs an operation (IOV_MAX); the rest is a short transfer.
-const IOV_MAX: usize = 1024;
-/// Largest transfer the kernel makes in one operation (MAX_RW_COUNT), kept to whole 4 KiB blocks.
-const MAX_TRANSFER: usize = 0x7fff_f000;
-
-/// Builds an entry for either kind of name: the crate's opcodes take a type each.
-macro_rules! entry {
-    ($name:expr, $fd:ident => $build:expr) => {
-        match $name {
-            Name::Registered($fd) => $build,
-            Name::Descriptor($fd) => $build,
-        }
-    };
-}
-
 /// How to make a reactor.
 #[derive(Clone, Debug)]
 pub struct IoConfig {
@@ -56,11 +41,11 @@ pub struct IoConfig {
 /// A thread's handle to its reactor; a clone is another handle to the same one.
 #[derive(Clone, Debug)]
 pub struct Io {
-    inner: Rc<Inner>,
+    pub(super) inner: Rc<Inner>,
 }
 
 #[derive(Debug)]
-struct Inner {
+pub(super) struct Inner {
     worker: usize,
     ring: RefCell<Ring>,
     ops: RefCell<OpTable>,
@@ -68,7 +53,7 @@ struct Inner {
     participant: Rc<Participant>,
     remote: Arc<Remote>,
     buffers: Rc<BufPool>,
-    iovecs: RefCell<Vec<Vec<iovec>>>,
+    pub(super) iovecs: RefCell<Vec<Vec<iovec>>>,
     files: RefCell<Option<Registered>>,
     epochs: Arc<Epochs>,
     /// Counted by `enter`: calls into the kernel.
@@ -284,160 +269,10 @@ impl Io {
     pub(super) fn ops(&self) -> RefMut<'_, OpTable> {
         self.inner.ops.borrow_mut()
     }
-
-    // ---- operations ----
-
-    /// Reads at `offset` into `to`; the result is how many bytes were read, 0 at the end of the file.
-    pub(crate) fn read<'a>(&'a self, file: &IoFile, offset: u64, to: Sg<'a>) -> Op<'a> {
-        self.transfer(file, offset, to, false)
-    }
-
-    /// Writes `from` at `offset`; the result is how many bytes were written.
-    pub(crate) fn write<'a>(&'a self, file: &IoFile, offset: u64, from: Sg<'a>) -> Op<'a> {
-        self.transfer(file, offset, from, true)
-    }
-
-    fn transfer<'a>(&'a self, file: &IoFile, offset: u64, sg: Sg<'a>, write: bool) -> Op<'a> {
-        let fd = self.inner.name(file);
-        let mut pieces = sg.iter();
-        let first = pieces.next().unwrap_or((std::ptr::null_mut(), 0));
-        if pieces.next().is_none() {
-            let len = first.1.min(MAX_TRANSFER) as u32;
-            return self.start(
-                fd,
-                |fd| {
-                    if write {
-                        entry!(fd, fd => opcode::Write::new(fd, first.0, len).offset(offset).build())
-                    } else {
-                        entry!(fd, fd => opcode::Read::new(fd, first.0, len).offset(offset).build())
-                    }
-                },
-                None,
-            );
-        }
-        let mut copied = None;
-        let (iovecs, count) = match sg.whole() {
-            Some(all) => (all.as_ptr(), all.len().min(IOV_MAX) as u32),
-            None => {
-                let mut list = self.take_iovecs();
-                list.extend(sg.iter().take(IOV_MAX).map(|(ptr, len)| iovec {
-                    iov_base: ptr.cast(),
-                    iov_len: len,
-                }));
-                let list = copied.insert(list);
-                (list.as_ptr(), list.len() as u32)
-            }
-        };
-        self.start(
-            fd,
-            |fd| {
-                if write {
-                    entry!(fd, fd => opcode::Writev::new(fd, iovecs, count).offset(offset).build())
-                } else {
-                    entry!(fd, fd => opcode::Readv::new(fd, iovecs, count).offset(offset).build())
-                }
-            },
-            copied,
-        )
-    }
-
-    /// Makes the file's data durable, and the metadata needed to read it (fdatasync).
-    pub(crate) fn fdatasync(&self, file: &IoFile) -> Op<'_> {
-        self.start(
-            self.inner.name(file),
-            |fd| entry!(fd, fd => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build()),
-            None,
-        )
-    }
-
-    /// `fallocate(2)` with `mode` (`libc::FALLOC_FL_*`).
-    pub(crate) fn fallocate(&self, file: &IoFile, mode: i32, offset: u64, len: u64) -> Op<'_> {
-        self.start(
-            self.inner.name(file),
-            |fd| {
-                entry!(fd, fd => opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build())
-            },
-            None,
-        )
-    }
-
-    /// Ends successfully after `duration`.
-    pub(crate) async fn sleep(&self, duration: Duration) {
-        let index = self.ops().begin(self.current_task());
-        let timespec = self.ops().timeout(index, Timespec::from(duration));
-        self.inner.push(
-            &opcode::Timeout::new(timespec)
-                .build()
-                .user_data(index.into()),
-        );
-        // A timeout's result is -ETIME: it ended.
-        let _ = self.op(index, None).await;
-    }
-
-    /// Ends when the file has something to read (POLLIN) or was hung up. Unlike a read, it also waits on
-    /// a non-blocking eventfd, as VMMs make them.
-    pub(crate) fn readable(&self, file: &IoFile) -> Op<'_> {
-        self.start(
-            self.inner.name(file),
-            |fd| entry!(fd, fd => opcode::PollAdd::new(fd, libc::POLLIN as u32).build()),
-            None,
-        )
-    }
-
-    /// Lets other tasks run before going on.
-    #[cfg(test)]
-    pub(crate) async fn yield_now(&self) {
-        let mut yielded = false;
-        std::future::poll_fn(|_| {
-            if std::mem::replace(&mut yielded, true) {
-                return Poll::Ready(());
-            }
-            self.wake(self.current_task());
-            Poll::Pending
-        })
-        .await;
-    }
-
-    fn start(
-        &self,
-        fd: Name,
-        build: impl FnOnce(Name) -> squeue::Entry,
-        iovecs: Option<Vec<iovec>>,
-    ) -> Op<'_> {
-        let index = self.ops().begin(self.current_task());
-        self.inner.push(&build(fd).user_data(index.into()));
-        self.op(index, iovecs)
-    }
-
-    fn op(&self, index: u32, iovecs: Option<Vec<iovec>>) -> Op<'_> {
-        Op {
-            io: self,
-            index,
-            live: true,
-            iovecs,
-            memory: PhantomData,
-        }
-    }
-
-    fn take_iovecs(&self) -> Vec<iovec> {
-        self.inner.iovecs.borrow_mut().pop().unwrap_or_default()
-    }
-
-    pub(super) fn give_iovecs(&self, mut list: Vec<iovec>) {
-        list.clear();
-        self.inner.iovecs.borrow_mut().push(list);
-    }
-}
-
-/// How a submission names its file.
-#[derive(Clone, Copy)]
-enum Name {
-    Registered(Fixed),
-    Descriptor(Fd),
 }
 
 impl Inner {
-    fn name(&self, file: &IoFile) -> Name {
+    pub(super) fn name(&self, file: &IoFile) -> Name {
         let mut files = self.files.borrow_mut();
         let (Some(files), Some((slot, identity))) = (files.as_mut(), file.slot()) else {
             return Name::Descriptor(Fd(file.as_raw_fd()));
@@ -470,7 +305,7 @@ impl Inner {
     }
 
     #[inline]
-    fn push(&self, entry: &squeue::Entry) {
+    pub(super) fn push(&self, entry: &squeue::Entry) {
         loop {
             let mut ring = self.ring.borrow_mut();
             // SAFETY: everything the entry points to lives until its completion: buffers and iovecs by
