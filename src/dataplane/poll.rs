@@ -1,10 +1,14 @@
 //! How long an idle worker spins before it sleeps.
 //!
 //! Spinning is worth it if the next event comes sooner than a sleep and a wake would cost; it is waste
-//! if it comes much later. The window is learned from the gaps between events (requests fetched,
-//! operations completed): after a gap that spinning up to the limit would have covered, the window
-//! grows towards twice the mean gap; after a longer one it is halved, down to nothing. So a disk under
-//! load is polled, and an idle one costs no CPU.
+//! if it comes much later. The window is learned from the gaps between events: after a gap that spinning
+//! up to the limit would have covered, the window grows towards twice the mean gap; after a longer one it
+//! is halved, down to nothing. So a disk under load is polled, and an idle one costs no CPU.
+//!
+//! Waiting for a driver and waiting for storage are learned apart. A driver that finds us asleep pays for
+//! the wake with a notification, which is dear in a guest, so it is spun for up to the user's limit.
+//! Storage wakes us from the kernel for a few microseconds, and may need this very CPU meanwhile (an
+//! io_uring worker thread, a softirq), so it is spun for only as long as that wake would take.
 
 use std::time::{Duration, Instant};
 
@@ -35,53 +39,92 @@ pub(super) enum Idle {
     Sleep,
 }
 
+/// What an idle worker waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Waiting {
+    /// The next request: nothing is under way.
+    ForDriver,
+    /// The end of an operation, or the next request.
+    ForStorage,
+}
+
 /// The smallest window worth having; below it a window is nothing.
 const MIN_WINDOW: Duration = Duration::from_micros(4);
+/// What a sleep in the kernel and a wake by a completion cost, about.
+const STORAGE_MAX: Duration = Duration::from_micros(5);
 
-/// Learns the window of one worker.
+/// Learns the windows of one worker.
 #[derive(Debug)]
 pub(super) struct Poller {
-    config: PollConfig,
-    window: Duration,
+    mode: PollMode,
+    driver: Window,
+    storage: Window,
+    idle_since: Option<(Instant, Waiting)>,
+}
+
+/// The window of one kind of waiting.
+#[derive(Debug)]
+struct Window {
+    max: Duration,
+    length: Duration,
     /// Mean gap between events of late, of those that the limit covers.
     mean_gap: Duration,
-    idle_since: Option<Instant>,
 }
 
 impl Poller {
     pub(super) fn new(config: PollConfig) -> Self {
         Self {
-            config,
-            window: Duration::ZERO,
-            mean_gap: Duration::ZERO,
+            mode: config.mode,
+            driver: Window::new(config.max),
+            storage: Window::new(config.max.min(STORAGE_MAX)),
             idle_since: None,
+        }
+    }
+
+    fn window(&mut self, waiting: Waiting) -> &mut Window {
+        match waiting {
+            Waiting::ForDriver => &mut self.driver,
+            Waiting::ForStorage => &mut self.storage,
         }
     }
 
     /// The turn did something. `now` is asked for only at the end of an idle time.
     #[inline]
     pub(super) fn busy(&mut self, now: impl FnOnce() -> Instant) {
-        if let Some(since) = self.idle_since.take() {
-            self.learn(now().saturating_duration_since(since));
+        if let Some((since, waiting)) = self.idle_since.take() {
+            let gap = now().saturating_duration_since(since);
+            self.window(waiting).learn(gap);
         }
     }
 
     /// The turn did nothing.
-    pub(super) fn idle(&mut self, now: Instant) -> Idle {
-        let since = *self.idle_since.get_or_insert(now);
-        match self.config.mode {
-            PollMode::Always => Idle::Spin,
-            PollMode::Never => Idle::Sleep,
-            PollMode::Adaptive if now.saturating_duration_since(since) < self.window => Idle::Spin,
-            PollMode::Adaptive => Idle::Sleep,
+    pub(super) fn idle(&mut self, now: Instant, waiting: Waiting) -> Idle {
+        let (since, waiting) = *self.idle_since.get_or_insert((now, waiting));
+        let spin = match self.mode {
+            PollMode::Always => true,
+            PollMode::Never => false,
+            PollMode::Adaptive => {
+                now.saturating_duration_since(since) < self.window(waiting).length
+            }
+        };
+        if spin { Idle::Spin } else { Idle::Sleep }
+    }
+}
+
+impl Window {
+    fn new(max: Duration) -> Self {
+        Self {
+            max,
+            length: Duration::ZERO,
+            mean_gap: Duration::ZERO,
         }
     }
 
     fn learn(&mut self, gap: Duration) {
-        if gap > self.config.max {
-            self.window /= 2;
-            if self.window < MIN_WINDOW {
-                self.window = Duration::ZERO;
+        if gap > self.max {
+            self.length /= 2;
+            if self.length < MIN_WINDOW {
+                self.length = Duration::ZERO;
             }
             return;
         }
@@ -90,12 +133,12 @@ impl Poller {
         } else {
             (self.mean_gap * 7 + gap) / 8
         };
-        let want = (self.mean_gap * 2).clamp(MIN_WINDOW, self.config.max);
+        let want = (self.mean_gap * 2).max(MIN_WINDOW).min(self.max);
         // Up at once, since a missed spin costs a sleep and a wake; down slowly.
-        self.window = if want > self.window || gap > self.window {
-            want.max(gap).min(self.config.max)
+        self.length = if want > self.length || gap > self.length {
+            want.max(gap).min(self.max)
         } else {
-            (self.window * 7 + want) / 8
+            (self.length * 7 + want) / 8
         };
     }
 }
@@ -112,8 +155,9 @@ mod tests {
 
     /// An idle time of `gap`, then an event. Returns what the worker did for most of it.
     fn gap(poller: &mut Poller, clock: &mut Instant, gap: Duration) -> Idle {
-        poller.idle(*clock);
-        let last = poller.idle(*clock + gap.saturating_sub(Duration::from_nanos(1)));
+        poller.idle(*clock, Waiting::ForDriver);
+        let just_before = *clock + gap.saturating_sub(Duration::from_nanos(1));
+        let last = poller.idle(just_before, Waiting::ForDriver);
         *clock += gap;
         poller.busy(|| *clock);
         last
@@ -135,7 +179,7 @@ mod tests {
             );
         }
         assert_eq!(
-            poller.window,
+            poller.driver.length,
             Duration::ZERO,
             "rare events are not spun for"
         );
@@ -147,7 +191,7 @@ mod tests {
         let mut clock = Instant::now();
         for _ in 0..100 {
             gap(&mut poller, &mut clock, MAX);
-            assert!(poller.window <= MAX);
+            assert!(poller.driver.length <= MAX);
         }
     }
 
@@ -161,5 +205,23 @@ mod tests {
             assert_eq!(gap(&mut always, &mut clock, length), Idle::Spin);
             assert_eq!(gap(&mut never, &mut clock, length), Idle::Sleep);
         }
+    }
+
+    #[test]
+    fn storage_is_spun_for_only_as_long_as_a_wake_takes() {
+        let mut poller = poller(PollMode::Adaptive);
+        let mut clock = Instant::now();
+        for _ in 0..10 {
+            // The storage takes 20 us, and the driver comes back after 2.
+            poller.idle(clock, Waiting::ForStorage);
+            clock += Duration::from_micros(20);
+            assert_eq!(poller.idle(clock, Waiting::ForStorage), Idle::Sleep);
+            poller.busy(|| clock);
+            gap(&mut poller, &mut clock, Duration::from_micros(2));
+        }
+        assert_eq!(
+            gap(&mut poller, &mut clock, Duration::from_micros(2)),
+            Idle::Spin
+        );
     }
 }

@@ -372,6 +372,12 @@ impl Queue {
         self.stopping.replace(Some(reply));
     }
 
+    /// True while requests are under way.
+    #[inline]
+    pub(super) fn has_requests(&self) -> bool {
+        self.in_flight.get() > 0
+    }
+
     /// True once a stop was asked for and nothing is under way.
     pub(super) fn is_stopped(&self) -> bool {
         self.in_flight.get() == 0 && self.stopping.borrow().is_some()

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use log::{error, info, warn};
 
 use super::mailbox::{Command, Mailbox};
-use super::poll::{Idle, PollConfig, Poller};
+use super::poll::{Idle, PollConfig, Poller, Waiting};
 use super::queue::Queue;
 use crate::block::ActiveDisk;
 use crate::reactor::{Io, IoConfig, TaskId};
@@ -135,13 +135,23 @@ impl Worker {
             }
             if busy {
                 self.poller.busy(Instant::now);
-            } else if self.poller.idle(Instant::now()) == Idle::Spin && !self.queues.is_empty() {
+            } else if self.poller.idle(Instant::now(), self.waiting()) == Idle::Spin
+                && !self.queues.is_empty()
+            {
                 std::hint::spin_loop();
             } else {
                 self.sleep();
             }
         }
         self.io.close();
+    }
+
+    fn waiting(&self) -> Waiting {
+        if self.queues.iter().any(|queue| queue.has_requests()) {
+            Waiting::ForStorage
+        } else {
+            Waiting::ForDriver
+        }
     }
 
     /// Sleeps until a driver notifies, an operation ends or a command comes.
