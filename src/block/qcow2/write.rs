@@ -266,14 +266,9 @@ impl Qcow2 {
         let len = (end - skip).min(from.len() as u64);
         let mut head = zeros(io, skip);
         let mut tail = zeros(io, end - skip - len);
-        self.write_around(
-            io,
-            host,
-            &mut head,
-            from.split_at(len as usize).0,
-            &mut tail,
-        )
-        .await?;
+        let part = from.split_at(len as usize).0;
+        self.write_around(io, host, head.sg(), part, tail.sg())
+            .await?;
         // The host cluster may hold old data durably: not to be seen before the new.
         let ordered = true;
         claim.slice().note_order(ordered);
@@ -306,21 +301,41 @@ impl Qcow2 {
         // What was there before, where the guest's bytes do not cover it.
         let (old_head, old_tail) = (claim.get(0), claim.get(count as usize - 1));
         let untouched = |raw| fresh.zeroed() && self.reads_zero(raw);
-        let mut head = io.buf(0);
-        if skip > 0 && !untouched(old_head) {
-            head = io.buf(skip as usize);
-            self.read_old(io, below, old_head, base, head.sg()).await?;
+        let rest = end - skip - len;
+        let needs_head = skip > 0 && !untouched(old_head);
+        let needs_tail = rest > 0 && !untouched(old_tail);
+        // Both ends of one cluster: one read, over the part between, which is not used.
+        let whole = needs_head && needs_tail && count == 1;
+        let mut before = io.buf(match (whole, needs_head) {
+            (true, _) => end as usize,
+            (false, true) => skip as usize,
+            (false, false) => 0,
+        });
+        if needs_head {
+            self.read_old(io, below, old_head, base, before.sg())
+                .await?;
         }
-        let mut tail = io.buf(0);
-        if skip + len < end && !untouched(old_tail) {
-            tail = io.buf((end - skip - len) as usize);
+        let mut after = io.buf(if needs_tail && !whole {
+            rest as usize
+        } else {
+            0
+        });
+        if !after.is_empty() {
             let at = base + skip + len;
-            self.read_old(io, below, old_tail, at, tail.sg()).await?;
+            self.read_old(io, below, old_tail, at, after.sg()).await?;
         }
+        let (head, tail) = if whole {
+            let all = before.sg();
+            (
+                all.slice(0, skip as usize),
+                all.slice((skip + len) as usize, rest as usize),
+            )
+        } else {
+            (before.sg(), after.sg())
+        };
         let host = HostOffset(g.host_offset(first).0 + skip - head.len() as u64);
         let part = from.split_at(len as usize).0;
-        self.write_around(io, host, &mut head, part, &mut tail)
-            .await?;
+        self.write_around(io, host, head, part, tail).await?;
 
         let zeros = fresh.zeroed() && (0..claim.count()).all(|n| self.reads_zero(claim.get(n)));
         let ordered = !zeros;
@@ -345,18 +360,17 @@ impl Qcow2 {
         &self,
         io: &Io,
         host: HostOffset,
-        head: &mut AlignedBuf,
+        head: Sg<'_>,
         part: Sg<'_>,
-        tail: &mut AlignedBuf,
+        tail: Sg<'_>,
     ) -> Result<()> {
         if head.is_empty() && tail.is_empty() {
             return self.storage.write(io, host.0, part).await;
         }
         let list: Vec<iovec> = head
-            .sg()
             .iter()
             .chain(part.iter())
-            .chain(tail.sg().iter())
+            .chain(tail.iter())
             .map(|(ptr, len)| iovec {
                 iov_base: ptr.cast(),
                 iov_len: len,
