@@ -268,6 +268,32 @@ fn head_out_of_range() {
     }
 }
 
+/// The first of the two is answered; the second would use a request slot twice.
+#[test]
+fn head_offered_again_while_its_request_runs() {
+    let mut rig = Rig::raw(MIB);
+    let mut device = rig.device();
+    device.write(0, &[1; 4096]).unwrap();
+    device.flush().unwrap();
+    let raw = Raw::new(&device.memory, request_type::IN, 0, 4096);
+    let ring = &mut device.queue(0).ring;
+    let chain = [
+        desc(raw.header, 16, DESC_F_NEXT, 1),
+        desc(raw.data, 4096, DESC_F_NEXT | DESC_F_WRITE, 2),
+        desc(raw.status, 1, DESC_F_WRITE, 0),
+    ];
+    for (i, desc) in chain.iter().enumerate() {
+        ring.set_desc(i as u16, *desc);
+    }
+    ring.push_raw(0);
+    ring.push_raw(0);
+    ring.publish();
+    let outcomes = [(); 2].map(|()| ring.wait_outcome(silence()).unwrap());
+    assert!(outcomes.contains(&Outcome::Broken), "{outcomes:?}");
+    device.disconnect();
+    rig.assert_serves_a_new_client();
+}
+
 #[test]
 fn available_index_ahead_by_more_than_the_queue() {
     for ahead in [129, 300, 0x8000, 0xffff] {
