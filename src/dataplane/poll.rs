@@ -5,10 +5,11 @@
 //! up to the limit would have covered, the window grows towards twice the mean gap; after a longer one it
 //! is halved, down to nothing. So a disk under load is polled, and an idle one costs no CPU.
 //!
-//! Waiting for a driver and waiting for storage are learned apart. A driver that finds us asleep pays for
-//! the wake with a notification, which is dear in a guest, so it is spun for up to the user's limit.
-//! Storage wakes us from the kernel for a few microseconds, and may need this very CPU meanwhile (an
-//! io_uring worker thread, a softirq), so it is spun for only as long as that wake would take.
+//! What is waited for is learned apart. A driver that finds us asleep pays for the wake with a
+//! notification, which is dear in a guest, so it is spun for up to the user's limit while nothing else is
+//! under way, and for a little after it was shown a completion, which it likes to answer with the next
+//! request. Storage wakes us from the kernel for a few microseconds, and may need this very CPU meanwhile
+//! (an io_uring worker thread, a softirq), so it is spun for only as long as that wake would take.
 
 use std::time::{Duration, Instant};
 
@@ -43,13 +44,17 @@ pub(super) enum Idle {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Waiting {
     /// The next request: nothing is under way.
-    ForDriver,
+    Driver,
+    /// The driver's answer to completions that it has just been shown, while others are under way.
+    Answer,
     /// The end of an operation, or the next request.
-    ForStorage,
+    Storage,
 }
 
 /// The smallest window worth having; below it a window is nothing.
 const MIN_WINDOW: Duration = Duration::from_micros(4);
+/// How long a driver may take to answer for that to be waited for.
+const ANSWER_MAX: Duration = Duration::from_micros(10);
 /// What a sleep in the kernel and a wake by a completion cost, about.
 const STORAGE_MAX: Duration = Duration::from_micros(5);
 
@@ -58,6 +63,7 @@ const STORAGE_MAX: Duration = Duration::from_micros(5);
 pub(super) struct Poller {
     mode: PollMode,
     driver: Window,
+    answer: Window,
     storage: Window,
     idle_since: Option<(Instant, Waiting)>,
 }
@@ -76,6 +82,7 @@ impl Poller {
         Self {
             mode: config.mode,
             driver: Window::new(config.max),
+            answer: Window::new(config.max.min(ANSWER_MAX)),
             storage: Window::new(config.max.min(STORAGE_MAX)),
             idle_since: None,
         }
@@ -83,8 +90,9 @@ impl Poller {
 
     fn window(&mut self, waiting: Waiting) -> &mut Window {
         match waiting {
-            Waiting::ForDriver => &mut self.driver,
-            Waiting::ForStorage => &mut self.storage,
+            Waiting::Driver => &mut self.driver,
+            Waiting::Answer => &mut self.answer,
+            Waiting::Storage => &mut self.storage,
         }
     }
 
@@ -155,9 +163,9 @@ mod tests {
 
     /// An idle time of `gap`, then an event. Returns what the worker did for most of it.
     fn gap(poller: &mut Poller, clock: &mut Instant, gap: Duration) -> Idle {
-        poller.idle(*clock, Waiting::ForDriver);
+        poller.idle(*clock, Waiting::Driver);
         let just_before = *clock + gap.saturating_sub(Duration::from_nanos(1));
-        let last = poller.idle(just_before, Waiting::ForDriver);
+        let last = poller.idle(just_before, Waiting::Driver);
         *clock += gap;
         poller.busy(|| *clock);
         last
@@ -213,9 +221,9 @@ mod tests {
         let mut clock = Instant::now();
         for _ in 0..10 {
             // The storage takes 20 us, and the driver comes back after 2.
-            poller.idle(clock, Waiting::ForStorage);
+            poller.idle(clock, Waiting::Storage);
             clock += Duration::from_micros(20);
-            assert_eq!(poller.idle(clock, Waiting::ForStorage), Idle::Sleep);
+            assert_eq!(poller.idle(clock, Waiting::Storage), Idle::Sleep);
             poller.busy(|| clock);
             gap(&mut poller, &mut clock, Duration::from_micros(2));
         }

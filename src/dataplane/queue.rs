@@ -300,13 +300,18 @@ impl Queue {
         self.count_in_flight(self.in_flight.get() - 1);
     }
 
-    /// Shows the driver what was completed since the last call, and interrupts it if it asked.
+    /// Shows the driver what was completed since the last call, and interrupts it if it asked. Returns
+    /// true if there was anything.
     #[inline]
-    pub(super) fn publish(&self) {
-        let wanted = self.ring.borrow_mut().publish();
+    pub(super) fn publish(&self) -> bool {
+        let mut ring = self.ring.borrow_mut();
+        let anything = ring.next_used() != ring.published_used();
+        let wanted = ring.publish();
+        drop(ring);
         if wanted {
             self.interrupt();
         }
+        anything
     }
 
     fn interrupt(&self) {

@@ -87,6 +87,8 @@ struct Worker {
     /// By device: the task that keeps its disk from having too much unwritten.
     housekeepers: BTreeMap<u32, TaskId>,
     poller: Poller,
+    /// The last turn that did something showed completions to a driver.
+    answer_due: bool,
     shutdown: bool,
 }
 
@@ -111,6 +113,7 @@ impl Worker {
             queues: Vec::new(),
             housekeepers: BTreeMap::new(),
             poller: Poller::new(poll),
+            answer_due: false,
             shutdown: false,
         }
     }
@@ -126,8 +129,9 @@ impl Worker {
             }
             busy |= self.io.turn();
             let mut stopped = false;
+            let mut published = false;
             for queue in &self.queues {
-                queue.publish();
+                published |= queue.publish();
                 stopped |= queue.is_stopped();
             }
             if stopped {
@@ -135,6 +139,7 @@ impl Worker {
             }
             if busy {
                 self.poller.busy(Instant::now);
+                self.answer_due = published;
             } else if self.poller.idle(Instant::now(), self.waiting()) == Idle::Spin
                 && !self.queues.is_empty()
             {
@@ -147,10 +152,12 @@ impl Worker {
     }
 
     fn waiting(&self) -> Waiting {
-        if self.queues.iter().any(|queue| queue.has_requests()) {
-            Waiting::ForStorage
+        if !self.queues.iter().any(|queue| queue.has_requests()) {
+            Waiting::Driver
+        } else if self.answer_due {
+            Waiting::Answer
         } else {
-            Waiting::ForDriver
+            Waiting::Storage
         }
     }
 
