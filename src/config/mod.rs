@@ -108,20 +108,6 @@ pub struct DiskConfig {
     pub allow_paths: Vec<PathBuf>,
 }
 
-impl DiskConfig {
-    /// What to log when this disk's raw image starts with the magic number of qcow2. A guest that can
-    /// write a qcow2 header into its raw disk must not choose how the host reads it next time, so the
-    /// format is never changed by what an image holds.
-    pub fn qcow2_as_raw_warning(&self) -> String {
-        format!(
-            "disk {:?}: {} begins like a qcow2 image but is served as raw, so the guest sees the \
-             qcow2 file itself; if its contents are meant, write --format qcow2 (format = \"qcow2\" \
-             in a configuration file)",
-            self.name, self.source
-        )
-    }
-}
-
 /// Where a disk's VMM comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Listen {

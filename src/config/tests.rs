@@ -462,16 +462,6 @@ fn a_file_named_like_a_device_is_reached_by_a_path() {
 }
 
 #[test]
-fn the_warning_about_a_qcow2_image_served_as_raw_says_what_to_write() {
-    let images = Images::new();
-    let warning = images.config(LEAST, &host()).disks[0].qcow2_as_raw_warning();
-    assert!(
-        warning.contains("a.img") && warning.contains("--format qcow2"),
-        "{warning}"
-    );
-}
-
-#[test]
 fn the_options_are_sound() {
     CommandLine::command().debug_assert();
 }
