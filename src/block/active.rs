@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use crate::reactor::{Io, Sg};
 
-use super::disk::{CacheMode, DiskSpec};
 use super::error::{Error, ErrorKind, Result};
 use super::layer::Layer;
 use super::lock::Role;
+use super::spec::{CacheMode, DiskSpec};
 use super::stack::read_chain;
 use super::storage::Storage;
 

@@ -3,51 +3,20 @@
 //! An image is untrusted input, so the name it gives for its backing file opens only what the user
 //! allowed, in the format that the image states. Nothing is probed.
 
-use std::fmt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::reactor::Io;
 
-use super::disk::{CacheMode, DiskSpec, Source};
 use super::error::{Error, ErrorKind, Result};
 use super::file::{FileOptions, FileStorage};
 use super::null::NullStorage;
 use super::qcow2::{BackingName, Header};
+use super::spec::{CacheMode, DiskSpec, Format, Source};
 use super::storage::Storage;
 
 /// Images in a chain, at most.
 pub const MAX_DEPTH: usize = 256;
-
-/// How an image's bytes make a disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// The bytes are the disk.
-    Raw,
-    /// QEMU's copy-on-write format, versions 2 and 3.
-    Qcow2,
-}
-
-impl fmt::Display for Format {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Raw => "raw",
-            Self::Qcow2 => "qcow2",
-        })
-    }
-}
-
-impl FromStr for Format {
-    type Err = String;
-    fn from_str(name: &str) -> std::result::Result<Self, String> {
-        match name {
-            "raw" => Ok(Self::Raw),
-            "qcow2" => Ok(Self::Qcow2),
-            _ => Err(format!("format {name:?} is not known; raw and qcow2 are")),
-        }
-    }
-}
 
 /// One image of a chain.
 #[derive(Debug)]

@@ -5,101 +5,22 @@ mod tests;
 #[cfg(test)]
 mod write_tests;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::reactor::Io;
 
 pub use super::active::ActiveDisk;
 use super::active::Locks;
-pub use super::chain::Format;
 use super::chain::{self, Link};
 use super::error::{Error, ErrorKind, Result};
 use super::layer::{Layer, Raw};
 use super::lock::Role;
 use super::qcow2::{self, Header, Qcow2};
+pub use super::spec::{CacheMode, DiskSpec, Format, Source};
 use super::storage::Storage;
 
 /// Guests count in sectors of this many bytes.
 pub const SECTOR: u64 = 512;
-
-/// Where a disk's bytes are.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Source {
-    /// A regular file or a block device.
-    File {
-        /// Its name.
-        path: PathBuf,
-    },
-    /// Nowhere: zeros.
-    Null {
-        /// Bytes.
-        size: u64,
-    },
-}
-
-/// Who keeps a copy of what is read and written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CacheMode {
-    /// Nobody: O_DIRECT.
-    None,
-    /// The host's page cache; a flush makes it durable.
-    Writeback,
-    /// The host's page cache; every write is made durable before it completes.
-    Writethrough,
-}
-
-impl std::str::FromStr for CacheMode {
-    type Err = String;
-    fn from_str(name: &str) -> std::result::Result<Self, String> {
-        match name {
-            "none" => Ok(Self::None),
-            "writeback" => Ok(Self::Writeback),
-            "writethrough" => Ok(Self::Writethrough),
-            _ => Err(format!(
-                "cache mode {name:?} is not known; none, writeback and writethrough are"
-            )),
-        }
-    }
-}
-
-/// What the user asked for.
-#[derive(Clone, Debug)]
-pub struct DiskSpec {
-    /// The top image.
-    pub source: Source,
-    /// The top image's format. Those below are what the images say.
-    pub format: Format,
-    /// No writes; the image is opened for reading only.
-    pub read_only: bool,
-    /// Caching of the top image.
-    pub cache: CacheMode,
-    /// Caching of the images below it.
-    pub backing_cache: CacheMode,
-    /// Directories and files that backing files may be in, besides the top image's own directory.
-    pub allow_paths: Vec<PathBuf>,
-    /// Discards are passed on; else they do nothing.
-    pub discard: bool,
-    /// Memory for cached qcow2 mappings, bytes an image.
-    pub l2_cache_bytes: u64,
-}
-
-impl DiskSpec {
-    /// `source` with the usual: writable, past the page cache, backing files through it, discards passed
-    /// on, 32 MiB of mappings.
-    pub fn new(source: Source, format: Format) -> Self {
-        Self {
-            source,
-            format,
-            read_only: false,
-            cache: CacheMode::None,
-            backing_cache: CacheMode::Writeback,
-            allow_paths: Vec::new(),
-            discard: true,
-            l2_cache_bytes: 32 << 20,
-        }
-    }
-}
 
 /// What a disk wants of requests, for the guest to know. Bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

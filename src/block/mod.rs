@@ -18,6 +18,7 @@ pub mod null;
 pub mod qcow2;
 #[cfg(test)]
 pub mod sim;
+pub mod spec;
 pub mod stack;
 pub mod storage;
 #[cfg(test)]

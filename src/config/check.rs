@@ -6,12 +6,12 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::args::WorkerArgs;
 use super::disk::Disk;
 use super::{
     Config, DEFAULT_POLL_MAX, DiskConfig, Error, Host, Key, Listen, Place, PollMode, Settings,
     Source, WorkersConfig, parse,
 };
-use crate::cli::WorkerArgs;
 
 /// A refusal of this value.
 pub(super) fn invalid(

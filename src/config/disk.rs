@@ -6,13 +6,13 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
+use super::args::DiskArgs;
 use super::check::{absolute, invalid, new_file};
 use super::{
     BackingCache, CacheMode, DEFAULT_MAX_NUM_QUEUES, DEFAULT_QUEUE_SIZE, DEFAULT_SOCKET_MODE,
     DiskConfig, Error, Format, Host, Key, Listen, MAX_NUM_QUEUES, MAX_QUEUE_SIZE, MAX_SERIAL,
     PassedSocket, Place, Source, host, parse,
 };
-use crate::cli::DiskArgs;
 
 /// The longest socket path: `sun_path` of unix(7) less its NUL.
 const MAX_SOCKET_PATH: usize = 107;

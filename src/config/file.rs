@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use toml::de::{DeTable, DeValue};
 
+use super::args::{DiskArgs, ProcessArgs, WorkerArgs};
 use super::{Error, LogLevel, Settings, parse};
-use crate::cli::{DiskArgs, ProcessArgs, WorkerArgs};
 
 /// The keys outside any table.
 const TOP: &[&str] = &["disk", "log-level", "once", "pid-file", "workers"];

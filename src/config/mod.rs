@@ -8,6 +8,7 @@
 //! Checked here is what can be known without opening an image. That an image is what its format says,
 //! and that its size fits the block size, is found out by [`crate::block`] when it opens it.
 
+pub mod args;
 mod check;
 mod disk;
 mod error;
@@ -25,7 +26,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use serde::Deserialize;
 
-use crate::cli::{DiskArgs, ProcessArgs, WorkerArgs};
+use args::{DiskArgs, ProcessArgs, WorkerArgs};
 
 pub use error::{Error, Key, Place};
 pub use host::{Host, PassedSocket};
