@@ -362,13 +362,16 @@ impl Allocator {
         }
     }
 
-    /// Writes the refcounts that changed, without a flush. Unwritten ones are too high, never too low.
+    /// Writes the refcounts that changed, without a flush. Unwritten ones are too high, never too low, so
+    /// a refill under way, which holds them and writes them itself, is not waited for.
     ///
     /// # Errors
     /// Those of writing; nothing is lost.
     pub async fn write_back(&self, io: &Io) -> Result<()> {
-        let mut slow = self.slow.lock().await;
-        slow.counts.write_dirty(io, &self.storage).await
+        match self.slow.try_lock() {
+            Some(mut slow) => slow.counts.write_dirty(io, &self.storage).await,
+            None => Ok(()),
+        }
     }
 
     /// Gives the arenas and what is durably freed back, writes all refcounts, cuts free clusters off
