@@ -79,7 +79,8 @@ impl Qcow2 {
     async fn flush_once(&self, io: &Io) -> Result<()> {
         let alloc = self.allocator()?;
         let mark = alloc.mark();
-        let mut snapshot = Snapshot::take(io, &self.tables);
+        let mut snapshot = Snapshot::take(&self.tables);
+        snapshot.copy(io);
         if snapshot.ordered {
             self.storage.flush(io).await?;
         }
@@ -96,9 +97,13 @@ impl Qcow2 {
     }
 
     /// What the first step of a flush decides: must data be durable before the mappings are written?
+    /// `between` happens after it has taken what is dirty, and before it copies that.
     #[cfg(test)]
-    pub(super) fn would_order(&self, io: &Io) -> bool {
-        Snapshot::take(io, &self.tables).ordered
+    pub(super) fn would_order(&self, io: &Io, between: impl FnOnce()) -> bool {
+        let mut snapshot = Snapshot::take(&self.tables);
+        between();
+        snapshot.copy(io);
+        snapshot.ordered
     }
 
     /// Writes mappings back if there are many, or old ones, and lets clusters out of limbo that no flush
@@ -140,13 +145,16 @@ struct Snapshot<'a> {
     l1_ordered: bool,
     /// Data must be durable first.
     ordered: bool,
+    /// Where each of `slices` goes: (offset, index), ascending.
+    places: Vec<(u64, usize)>,
     /// (offset, bytes), ascending.
     writes: Vec<(u64, AlignedBuf)>,
     written: bool,
 }
 
 impl<'a> Snapshot<'a> {
-    fn take(io: &Io, tables: &'a Tables) -> Self {
+    /// Takes all that is dirty.
+    fn take(tables: &'a Tables) -> Self {
         let dirty = tables.take_dirty();
         let mut snapshot = Self {
             tables,
@@ -154,42 +162,51 @@ impl<'a> Snapshot<'a> {
             l1_units: dirty.l1_units,
             l1_ordered: dirty.l1_ordered,
             ordered: dirty.l1_ordered,
+            places: Vec::with_capacity(dirty.slices.len()),
             writes: Vec::new(),
             written: false,
         };
-        let mut places = Vec::with_capacity(dirty.slices.len());
         for index in dirty.slices {
             // A dirty slice is in memory, and has a table.
             if let (Some(slice), Some(offset)) = (tables.pin(index), tables.slice_offset(index)) {
                 let flags = slice.take_dirty();
                 snapshot.ordered |= flags & ORDERED != 0;
-                places.push((offset.0, snapshot.slices.len()));
+                snapshot.places.push((offset.0, snapshot.slices.len()));
                 snapshot.slices.push((slice, flags));
             }
         }
-        places.sort_unstable();
+        snapshot.places.sort_unstable();
+        snapshot
+    }
+
+    /// Copies the entries as they are now, and finds out whether their data must be durable first.
+    fn copy(&mut self, io: &Io) {
+        let tables = self.tables;
         let bytes = tables.geometry.slice_bytes() as usize;
         let most = (MAX_WRITE / bytes).max(1);
         let neighbours = |a: &(u64, usize), b: &(u64, usize)| a.0 + bytes as u64 == b.0;
-        for run in places.chunk_by(neighbours).flat_map(|r| r.chunks(most)) {
+        for run in self
+            .places
+            .chunk_by(neighbours)
+            .flat_map(|r| r.chunks(most))
+        {
             let mut buf = io.buf(run.len() * bytes);
             for (place, to) in run.iter().zip(buf.chunks_exact_mut(bytes)) {
-                let slice = &snapshot.slices[place.1].0;
+                let slice = &self.slices[place.1].0;
                 slice.encode(to);
                 // A writer may be between publishing and marking: what was copied counts, not what was
                 // marked when the flags were taken.
-                snapshot.ordered |= slice.is_ordered();
+                self.ordered |= slice.is_ordered();
             }
-            snapshot.writes.push((run[0].0, buf));
+            self.writes.push((run[0].0, buf));
         }
-        for unit in &snapshot.l1_units {
+        for unit in &self.l1_units {
             let mut buf = io.buf(tables.l1_unit() as usize);
             let offset = tables.encode_l1(*unit, &mut buf);
-            snapshot.writes.push((offset.0, buf));
+            self.writes.push((offset.0, buf));
         }
         // The same for L1 entries, which change under the lock that this takes.
-        snapshot.ordered |= tables.is_l1_ordered();
-        snapshot
+        self.ordered |= tables.is_l1_ordered();
     }
 
     async fn write(&mut self, io: &Io, storage: &Storage) -> Result<()> {

@@ -561,15 +561,16 @@ fn a_flush_between_publication_and_mark_waits_for_the_data_all_the_same() {
         let image = case.open(&io).await;
         // The slice is dirty already, by a change that needs no order.
         image.discard(&io, 0, 4096).await.expect("discard");
-        assert!(!image.would_order(&io));
+        assert!(!image.would_order(&io, || ()));
         let second = GuestCluster(1);
         let Attempt::Claimed(claim) = image.tables.try_claim(second, 1, |_, _| true) else {
             panic!("no claim");
         };
-        // A writer on another thread got as far as this when the flush takes its snapshot.
-        claim.slice().note_order(true);
-        claim.publish(0, entry::data(HostOffset(1 << 20)));
-        assert!(image.would_order(&io));
+        // A writer on another thread gets as far as this while the flush takes its snapshot.
+        assert!(image.would_order(&io, || {
+            claim.slice().note_order(true);
+            claim.publish(0, entry::data(HostOffset(1 << 20)));
+        }));
         claim.publish(0, 0);
         drop(claim);
         image.close(&io).await.expect("close");
@@ -583,8 +584,9 @@ fn a_new_table_that_is_not_zeros_yet_orders_the_snapshot_that_has_it() {
     io.block_on(async {
         let image = case.open(&io).await;
         image.tables.link_table(0, HostOffset(1 << 20), false);
-        assert!(!image.would_order(&io));
-        image.tables.link_table(1 << 9, HostOffset(2 << 20), true);
-        assert!(image.would_order(&io));
+        assert!(!image.would_order(&io, || ()));
+        // Linked while the flush takes its snapshot, in the same piece of the L1 table.
+        let link = || image.tables.link_table(1 << 9, HostOffset(2 << 20), true);
+        assert!(image.would_order(&io, link));
     });
 }
