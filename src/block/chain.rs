@@ -135,6 +135,7 @@ async fn link(io: &Io, storage: Storage, format: Format, named: PathBuf) -> Resu
         }
         Format::Qcow2 => {
             let header = Header::read(io, &storage).await?;
+            header.check_supported()?;
             let cluster = header.geometry.cluster_size();
             (header.size, header.backing, Some(cluster))
         }

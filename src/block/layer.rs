@@ -83,7 +83,7 @@ impl Layer {
     pub fn data(&self) -> &Storage {
         match self {
             Self::Raw(raw) => &raw.storage,
-            Self::Qcow2(image) => image.storage(),
+            Self::Qcow2(image) => image.data(),
             #[cfg(test)]
             Self::Made(made) => &made.storage,
         }

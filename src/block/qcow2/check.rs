@@ -87,8 +87,9 @@ impl fmt::Display for Finding {
 /// snapshots or bitmaps, whose tables are not walked.
 pub async fn check(io: &Io, storage: &Storage) -> Result<Report> {
     let header = Header::read(io, storage).await?;
-    if header.snapshots > 0 || header.bitmaps {
-        let what = match header.bitmaps {
+    header.check_supported()?;
+    if header.snapshots > 0 || header.bitmaps.is_some() {
+        let what = match header.bitmaps.is_some() {
             true => "persistent bitmaps",
             false => "internal snapshots",
         };

@@ -190,7 +190,7 @@ impl Qcow2 {
             }
             offset += match self.target(offset, end - offset) {
                 Target::InPlace { host, len } => {
-                    self.storage.write_zeroes(io, host.0, len, false).await?;
+                    self.data.write_zeroes(io, host.0, len, false).await?;
                     len
                 }
                 Target::Claim => {

@@ -117,6 +117,7 @@ mod tests {
     const G: Geometry = Geometry {
         cluster_bits: 16,
         refcount_order: 4,
+        extended_l2: false,
     };
 
     #[test]

@@ -82,11 +82,11 @@ impl Qcow2 {
         let mut snapshot = Snapshot::take(&self.tables);
         snapshot.copy(io);
         if snapshot.ordered {
-            self.storage.flush(io).await?;
+            self.flush_files(io).await?;
         }
         snapshot.write(io, &self.storage).await?;
         alloc.write_back(io).await?;
-        self.storage.flush(io).await?;
+        self.flush_files(io).await?;
         snapshot.written = true;
         drop(snapshot);
         // The guest's data is safe. What does not work here is tried again with the next flush.
@@ -94,6 +94,13 @@ impl Qcow2 {
             log::warn!("giving freed clusters back: {error}");
         }
         Ok(())
+    }
+
+    async fn flush_files(&self, io: &Io) -> Result<()> {
+        if self.has_data_file() {
+            self.data.flush(io).await?;
+        }
+        self.storage.flush(io).await
     }
 
     /// What the first step of a flush decides: must data be durable before the mappings are written?

@@ -1,13 +1,22 @@
 //! The image header: what it says, what is refused, and its few updates in place.
 //!
-//! QEMU's `docs/interop/qcow2.rst`, sections "Header", "Additional fields", "Header extensions",
-//! "Feature name table" and "Bitmaps extension". An image is untrusted input: every size is bounded
-//! and every offset checked before anything is read by it.
+//! QEMU's `docs/interop/qcow2.rst`, sections "Header" and "Additional fields". An image is untrusted input:
+//! every size is bounded and every offset checked before anything is read by it.
+//!
+//! Reading a header refuses what contradicts the format and features that nobody knows. What is known
+//! and not done here is refused by who opens the image ([`Header::check_supported`]).
 
+mod extensions;
+mod update;
+
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_lock::Mutex;
+
+pub use extensions::{BitmapsExtension, EncryptionHeader};
+use extensions::{Extensions, backing_name, feature_name};
 
 use super::units::{Geometry, HostOffset};
 use crate::block::error::{Error, ErrorKind, Result};
@@ -17,10 +26,9 @@ use crate::reactor::Io;
 const MAGIC: u32 = 0x5146_49fb;
 const V2_LENGTH: usize = 72;
 const V3_LENGTH: usize = 104;
-/// Limits that QEMU has too: 32 MiB of L1 table, 8 MiB of refcount table, 1023 bytes of backing name.
-const MAX_L1_BYTES: u64 = 32 << 20;
+/// Limits that QEMU has too: 32 MiB of L1 table, 8 MiB of refcount table.
+pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
 const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
-const MAX_BACKING_NAME: usize = 1023;
 /// Offsets in L1 and L2 entries have 56 bits.
 pub(super) const MAX_HOST_OFFSET: u64 = 1 << 56;
 
@@ -55,14 +63,6 @@ pub mod autoclear {
     pub const RAW_EXTERNAL: u64 = 1 << 1;
 }
 
-/// Header extension types.
-mod extension {
-    pub(super) const END: u32 = 0;
-    pub(super) const BACKING_FORMAT: u32 = 0xe279_2aca;
-    pub(super) const FEATURE_NAMES: u32 = 0x6803_f857;
-    pub(super) const BITMAPS: u32 = 0x2385_2875;
-}
-
 /// The backing file that the header names. Whether it may be opened is not decided here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackingName {
@@ -71,6 +71,26 @@ pub struct BackingName {
     pub name: String,
     /// The format extension's text, if there is one.
     pub format: Option<String>,
+}
+
+/// Compression types.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compression {
+    /// Raw deflate data.
+    Deflate,
+    /// A zstd frame.
+    Zstd,
+}
+
+/// Encryption methods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encryption {
+    /// Guest data is as it is.
+    None,
+    /// Method 1, which QEMU itself gave up.
+    Aes,
+    /// Method 2: the LUKS header is where the pointer says.
+    Luks(EncryptionHeader),
 }
 
 /// What the header says, checked.
@@ -104,10 +124,20 @@ pub struct Header {
     pub autoclear: u64,
     /// The backing file, if one is named.
     pub backing: Option<BackingName>,
-    /// The image has persistent bitmaps (consistent or not).
-    pub bitmaps: bool,
+    /// How compressed clusters are compressed.
+    pub compression: Compression,
+    /// How guest data is encrypted.
+    pub encryption: Encryption,
+    /// The external data file's name, where guest data lies in one; empty if the image does not tell.
+    pub data_file: Option<String>,
+    /// The bitmaps extension: the image has persistent bitmaps, consistent or not.
+    pub bitmaps: Option<BitmapsExtension>,
     /// Updates read, change and write the first sector: one at a time.
     updates: Arc<Mutex<()>>,
+}
+
+fn bad(path: &Path, at: usize, what: impl Display) -> Error {
+    Error::image(ErrorKind::InvalidImage, path, at as u64, what)
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
@@ -178,9 +208,20 @@ impl Header {
                 format!("refcount_order is {refcount_order}; 6 (64 bits) is the most"),
             ));
         }
+        let extended_l2 =
+            version >= 3 && u64_at(bytes, field::INCOMPATIBLE) & incompatible::EXTENDED_L2 != 0;
+        if extended_l2 && cluster_bits < 14 {
+            return Err(bad(
+                20,
+                format!(
+                    "extended L2 entries need clusters of 16 KiB; cluster_bits is {cluster_bits}"
+                ),
+            ));
+        }
         Ok(Geometry {
             cluster_bits,
             refcount_order,
+            extended_l2,
         })
     }
 
@@ -222,23 +263,36 @@ impl Header {
             compatible: v3(80),
             autoclear: v3(field::AUTOCLEAR),
             backing: None,
-            bitmaps: false,
+            compression: Compression::Deflate,
+            encryption: Encryption::None,
+            data_file: None,
+            bitmaps: None,
             updates: Arc::new(Mutex::new(())),
         };
         let compression = if length > V3_LENGTH { bytes[104] } else { 0 };
 
-        let extensions = header.extensions(bytes, length)?;
-        header.refuse_features(compression, extensions.feature_names)?;
-        match u32_at(bytes, 32) {
-            0 => {}
-            1 => return Err(header.unsupported(32, "AES encryption")),
-            2 => return Err(header.unsupported(32, "LUKS encryption")),
-            n => return Err(bad(32, format!("unknown encryption method {n}"))),
+        let extensions = Extensions::parse(path, bytes, length)?;
+        header.refuse_unknown(extensions.feature_names)?;
+        header.compression = header.compression(compression)?;
+        header.encryption = match (u32_at(bytes, 32), extensions.encryption) {
+            (0, _) => Encryption::None,
+            (1, _) => Encryption::Aes,
+            (2, Some(pointer)) => Encryption::Luks(pointer),
+            (2, None) => return Err(bad(32, "LUKS encryption without its header pointer".into())),
+            (n, _) => return Err(bad(32, format!("unknown encryption method {n}"))),
+        };
+        let external = header.incompatible & incompatible::EXTERNAL_DATA != 0;
+        if !external && header.autoclear & autoclear::RAW_EXTERNAL != 0 {
+            return Err(bad(
+                88,
+                "a raw external data file, but no external data file".into(),
+            ));
         }
+        header.data_file = external.then(|| extensions.data_file.unwrap_or_default());
         header.check_tables(file_len)?;
         header.bitmaps = extensions.bitmaps;
-        header.backing = header.backing_name(bytes, length, extensions.backing_format)?;
-        if header.autoclear & autoclear::BITMAPS != 0 && !header.bitmaps {
+        header.backing = backing_name(path, bytes, length, extensions.backing_format)?;
+        if header.autoclear & autoclear::BITMAPS != 0 && header.bitmaps.is_none() {
             return Err(bad(
                 88,
                 "the bitmaps bit is set without the bitmaps extension".into(),
@@ -258,50 +312,30 @@ impl Header {
         )
     }
 
-    fn refuse_features(&self, compression: u8, names: Option<&[u8]>) -> Result<()> {
-        let at = field::INCOMPATIBLE as u64;
-        let has = |bit| self.incompatible & bit != 0;
+    fn refuse_unknown(&self, names: Option<&[u8]>) -> Result<()> {
         let unknown = self.incompatible & !incompatible::KNOWN;
-        if unknown != 0 {
-            let list: Vec<String> = (0..64u32)
-                .filter(|bit| unknown >> bit & 1 == 1)
-                .map(|bit| feature_name(names, bit))
-                .collect();
-            return Err(Error::image(
-                ErrorKind::Unsupported,
-                &self.path,
-                at,
-                format!(
-                    "the image uses features that are not known: {}",
-                    list.join(", ")
-                ),
-            ));
+        if unknown == 0 {
+            return Ok(());
         }
-        let refuse = |kind, what: String| Err(Error::image(kind, &self.path, at, what));
-        let check = format!("qemu-img check -r all {}", self.path.display());
-        if has(incompatible::CORRUPT) {
-            return refuse(
-                ErrorKind::Unsupported,
-                format!("the image is marked corrupt; repair it with: {check}"),
-            );
-        }
-        if has(incompatible::DIRTY) {
-            return refuse(
-                ErrorKind::Unsupported,
-                format!(
-                    "the image was not closed and its refcounts are not valid; repair them with: {check}"
-                ),
-            );
-        }
-        if has(incompatible::EXTERNAL_DATA) || self.autoclear & autoclear::RAW_EXTERNAL != 0 {
-            return Err(self.unsupported(at, "an external data file"));
-        }
-        if has(incompatible::EXTENDED_L2) {
-            return Err(self.unsupported(at, "extended L2 entries (subclusters)"));
-        }
-        match (has(incompatible::COMPRESSION), compression) {
-            (false, 0) => Ok(()),
-            (true, 1) => Err(self.unsupported(104, "zstd compression")),
+        let list: Vec<String> = (0..64u32)
+            .filter(|bit| unknown >> bit & 1 == 1)
+            .map(|bit| feature_name(names, bit))
+            .collect();
+        Err(Error::image(
+            ErrorKind::Unsupported,
+            &self.path,
+            field::INCOMPATIBLE as u64,
+            format!(
+                "the image uses features that are not known: {}",
+                list.join(", ")
+            ),
+        ))
+    }
+
+    fn compression(&self, kind: u8) -> Result<Compression> {
+        match (self.incompatible & incompatible::COMPRESSION != 0, kind) {
+            (false, 0) => Ok(Compression::Deflate),
+            (true, 1) => Ok(Compression::Zstd),
             (true, n @ 2..) => Err(self.unsupported(104, &format!("compression type {n}"))),
             _ => Err(Error::image(
                 ErrorKind::InvalidImage,
@@ -309,6 +343,49 @@ impl Header {
                 104,
                 "the compression type and its feature bit contradict each other",
             )),
+        }
+    }
+
+    /// True if the bit of [`incompatible`] is set.
+    pub fn has(&self, bit: u64) -> bool {
+        self.incompatible & bit != 0
+    }
+
+    /// Refuses what an image must not have to be served at all.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`], by name.
+    pub fn check_supported(&self) -> Result<()> {
+        let at = field::INCOMPATIBLE as u64;
+        let refuse = |kind, what: String| Err(Error::image(kind, &self.path, at, what));
+        let check = format!("qemu-img check -r all {}", self.path.display());
+        if self.has(incompatible::CORRUPT) {
+            return refuse(
+                ErrorKind::Unsupported,
+                format!("the image is marked corrupt; repair it with: {check}"),
+            );
+        }
+        if self.has(incompatible::DIRTY) {
+            return refuse(
+                ErrorKind::Unsupported,
+                format!(
+                    "the image was not closed and its refcounts are not valid; repair them with: {check}"
+                ),
+            );
+        }
+        if self.data_file.is_some() {
+            return Err(self.unsupported(at, "an external data file"));
+        }
+        if self.geometry.extended_l2 {
+            return Err(self.unsupported(at, "extended L2 entries (subclusters)"));
+        }
+        if self.compression == Compression::Zstd {
+            return Err(self.unsupported(104, "zstd compression"));
+        }
+        match self.encryption {
+            Encryption::None => Ok(()),
+            Encryption::Aes => Err(self.unsupported(32, "AES encryption")),
+            Encryption::Luks(_) => Err(self.unsupported(32, "LUKS encryption")),
         }
     }
 
@@ -384,77 +461,6 @@ impl Header {
         Ok(())
     }
 
-    fn backing_name(
-        &self,
-        bytes: &[u8],
-        length: usize,
-        format: Option<String>,
-    ) -> Result<Option<BackingName>> {
-        let offset = u64_at(bytes, 8);
-        let len = u32_at(bytes, 16) as usize;
-        if offset == 0 {
-            return Ok(None);
-        }
-        let bad = |what: String| Error::image(ErrorKind::InvalidImage, &self.path, 8, what);
-        if len == 0 || len > MAX_BACKING_NAME {
-            return Err(bad(format!("a backing file name of {len} bytes")));
-        }
-        let name = usize::try_from(offset)
-            .ok()
-            .filter(|at| *at >= length)
-            .and_then(|at| bytes.get(at..at.checked_add(len)?))
-            .ok_or_else(|| {
-                bad(format!(
-                    "the backing file name at {offset:#x} is outside the first cluster"
-                ))
-            })?;
-        let name = std::str::from_utf8(name)
-            .ok()
-            .filter(|name| !name.contains('\0'))
-            .ok_or_else(|| bad("the backing file name is not text".into()))?;
-        Ok(Some(BackingName {
-            name: name.to_owned(),
-            format,
-        }))
-    }
-
-    fn extensions<'a>(&self, bytes: &'a [u8], length: usize) -> Result<Extensions<'a>> {
-        let mut found = Extensions::default();
-        let bad = |at: usize, what: &str| {
-            Error::image(ErrorKind::InvalidImage, &self.path, at as u64, what)
-        };
-        // The backing name follows the extensions; it is no extension even without an end marker.
-        let end = match u64_at(bytes, 8) {
-            0 => bytes.len(),
-            name => bytes.len().min(name.try_into().unwrap_or(usize::MAX)),
-        };
-        let mut at = length;
-        while at + 8 <= end {
-            let kind = u32_at(bytes, at);
-            if kind == extension::END {
-                break;
-            }
-            let len = u32_at(bytes, at + 4) as usize;
-            let data = (at + 8)
-                .checked_add(len)
-                .filter(|stop| *stop <= end)
-                .and_then(|stop| bytes.get(at + 8..stop))
-                .ok_or_else(|| bad(at, "a header extension reaches beyond its area"))?;
-            match kind {
-                extension::BACKING_FORMAT => {
-                    let text = std::str::from_utf8(data)
-                        .map_err(|_| bad(at, "the backing format is not text"))?;
-                    found.backing_format = Some(text.trim_end_matches('\0').to_owned());
-                }
-                extension::FEATURE_NAMES => found.feature_names = Some(data),
-                extension::BITMAPS => found.bitmaps = true,
-                _ => {}
-            }
-            at += 8 + len.next_multiple_of(8);
-        }
-        Ok(found)
-    }
-
     /// Refuses what an image opened for writing must not have.
     ///
     /// # Errors
@@ -487,99 +493,6 @@ impl Header {
         }
         Ok(())
     }
-
-    /// Points the header at another refcount table. Not durable before a flush.
-    ///
-    /// # Errors
-    /// Those of reading and writing the first sector.
-    pub async fn write_refcount_table(
-        &self,
-        io: &Io,
-        storage: &Storage,
-        offset: HostOffset,
-        clusters: u32,
-    ) -> Result<()> {
-        self.update(io, storage, |sector| {
-            put(sector, field::REFCOUNT_TABLE, &offset.0.to_be_bytes());
-            put(sector, field::REFCOUNT_TABLE + 8, &clusters.to_be_bytes());
-        })
-        .await
-    }
-
-    /// Clears the auto-clear bits, as must be before the first write by a program that does not keep
-    /// up what they stand for. Not durable before a flush.
-    ///
-    /// # Errors
-    /// Those of reading and writing the first sector.
-    pub async fn clear_autoclear(&self, io: &Io, storage: &Storage) -> Result<()> {
-        if self.version < 3 || self.autoclear == 0 {
-            return Ok(());
-        }
-        self.update(io, storage, |sector| {
-            put(sector, field::AUTOCLEAR, &0u64.to_be_bytes());
-        })
-        .await
-    }
-
-    /// Sets the corrupt bit, so that nobody writes to the image before it is repaired. Version 2 has no
-    /// such bit. Not durable before a flush.
-    ///
-    /// # Errors
-    /// Those of reading and writing the first sector.
-    pub async fn mark_corrupt(&self, io: &Io, storage: &Storage) -> Result<()> {
-        if self.version < 3 {
-            return Ok(());
-        }
-        self.update(io, storage, |sector| {
-            let bits = u64_at(sector, field::INCOMPATIBLE) | incompatible::CORRUPT;
-            put(sector, field::INCOMPATIBLE, &bits.to_be_bytes());
-        })
-        .await
-    }
-
-    async fn update(
-        &self,
-        io: &Io,
-        storage: &Storage,
-        change: impl FnOnce(&mut [u8]),
-    ) -> Result<()> {
-        let _one = self.updates.lock().await;
-        let mut sector = io.buf(512);
-        storage.read(io, 0, sector.sg()).await?;
-        change(&mut sector);
-        storage.write(io, 0, sector.sg()).await
-    }
-}
-
-fn put(sector: &mut [u8], at: usize, value: &[u8]) {
-    if let Some(place) = sector.get_mut(at..at + value.len()) {
-        place.copy_from_slice(value);
-    }
-}
-
-#[derive(Debug, Default)]
-struct Extensions<'a> {
-    backing_format: Option<String>,
-    feature_names: Option<&'a [u8]>,
-    bitmaps: bool,
-}
-
-/// The feature name table's text for an incompatible bit, or the bit's number.
-fn feature_name(names: Option<&[u8]>, bit: u32) -> String {
-    names
-        .unwrap_or_default()
-        .chunks_exact(48)
-        .find(|entry| entry[0] == 0 && u32::from(entry[1]) == bit)
-        .map(|entry| {
-            let text = String::from_utf8_lossy(&entry[2..]);
-            let text: String = text
-                .trim_end_matches('\0')
-                .chars()
-                .filter(|c| !c.is_control())
-                .collect();
-            format!("{text:?} (bit {bit})")
-        })
-        .unwrap_or_else(|| format!("bit {bit}"))
 }
 
 #[cfg(test)]

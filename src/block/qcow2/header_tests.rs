@@ -28,7 +28,8 @@ fn parse(bytes: &[u8], len: u64) -> Result<Header> {
 }
 
 fn refused(bytes: &[u8], len: u64) -> (ErrorKind, String) {
-    let error = parse(bytes, len).expect_err("refused");
+    let served = parse(bytes, len).and_then(|header| header.check_supported());
+    let error = served.expect_err("refused");
     (error.kind(), error.to_string())
 }
 
@@ -110,7 +111,7 @@ fn features_that_are_not_supported_are_refused_by_name() {
 #[test]
 fn numbers_out_of_range_are_refused() {
     let (good, len) = image("cluster_size=64k", &["-u", "-b", "base.img", "-F", "raw"]);
-    let cases: [(usize, &[u8], &str); 19] = [
+    let cases: [(usize, &[u8], &str); 21] = [
         (0, b"QFJ", "magic"),
         (4, &[0, 0, 0, 4], "version"),
         (20, &[0, 0, 0, 8], "cluster_bits"),
@@ -128,6 +129,8 @@ fn numbers_out_of_range_are_refused() {
         (96, &[0, 0, 0, 7], "refcount_order"),
         (100, &[0, 0, 0, 103], "header_length"),
         (100, &[0xff; 4], "header_length"),
+        (35, &[2], "header pointer"),
+        (35, &[3], "encryption method"),
         (8, &[0xff; 8], "backing file name"),
         (16, &[0, 0, 4, 0], "backing file name"),
     ];

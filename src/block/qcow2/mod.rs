@@ -57,7 +57,10 @@ use tables::Tables;
 /// each holds a [`crate::reactor::Pin`] from its beginning to its end.
 #[derive(Debug)]
 pub struct Qcow2 {
+    /// The image file: metadata, and compressed clusters.
     storage: Arc<Storage>,
+    /// Where guest data lies: the image file, as it is or deciphered, or an external data file.
+    data: Arc<Storage>,
     header: Header,
     tables: Tables,
     /// None: opened read-only.
@@ -82,9 +85,19 @@ impl Qcow2 {
         &self.header
     }
 
-    /// The image file: where [`Extent::Data`] is found.
+    /// Where [`Extent::Data`] is found.
     #[inline]
-    pub fn storage(&self) -> &Storage {
-        &self.storage
+    pub fn data(&self) -> &Storage {
+        &self.data
+    }
+
+    /// True if guest data lies in a file of its own.
+    pub(super) fn has_data_file(&self) -> bool {
+        self.header.data_file.is_some()
+    }
+
+    /// True if new clusters read as the guest's zeros, durably, where nothing was written to them.
+    pub(crate) fn fresh_reads_zero(&self, fresh: &Fresh<'_>) -> bool {
+        fresh.zeroed()
     }
 }

@@ -38,6 +38,7 @@ impl Qcow2 {
         header: Header,
         options: Options,
     ) -> Result<Self> {
+        header.check_supported()?;
         let write = !options.read_only;
         if write {
             header.check_writable()?;
@@ -58,6 +59,7 @@ impl Qcow2 {
             }
         }
         Ok(Self {
+            data: storage.clone(),
             storage,
             header,
             tables,

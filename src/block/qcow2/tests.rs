@@ -158,7 +158,7 @@ async fn read<B: Below>(
         assert!(len >= 1 && len <= rest.len() as u64);
         let (part, tail) = rest.split_at(len as usize);
         match extent {
-            Extent::Data { host, .. } => image.storage().read(io, host.0, part).await?,
+            Extent::Data { host, .. } => image.data().read(io, host.0, part).await?,
             Extent::Zero { .. } => part.zero(),
             Extent::Backing { .. } => below.read(io, offset, part).await?,
             Extent::Compressed { data, skip, .. } => {

@@ -17,16 +17,21 @@ pub struct GuestCluster(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HostCluster(pub u64);
 
-/// Entries of an L2 slice: the piece of an L2 table that is loaded and written at once.
+/// Entries of an L2 slice, at most: the piece of an L2 table, 4 KiB, that is loaded and written at once.
+/// Extended entries are twice as large, and a slice has half as many.
 pub const SLICE_ENTRIES: usize = 512;
+/// Subclusters of a cluster in an image with extended L2 entries.
+pub const SUBCLUSTERS: u32 = 32;
 
-/// Sizes that follow from `cluster_bits` and `refcount_order` of the header.
+/// Sizes that follow from `cluster_bits`, `refcount_order` and the extended L2 bit of the header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
     /// log2 of the cluster size in bytes, 9 to 21.
     pub cluster_bits: u32,
     /// log2 of the refcount width in bits, 0 to 6.
     pub refcount_order: u32,
+    /// L2 entries have 128 bits: an entry and the bitmap of its subclusters.
+    pub extended_l2: bool,
 }
 
 impl Geometry {
@@ -45,19 +50,31 @@ impl Geometry {
         (self.cluster_size() * 8) >> self.refcount_order
     }
 
-    /// log2 of the entries of an L2 table (a cluster of 8-byte entries).
-    pub fn l2_bits(&self) -> u32 {
-        self.cluster_bits - 3
+    /// log2 of the bytes of an L2 entry: 3, or 4 for extended ones.
+    #[inline]
+    pub fn entry_bits(&self) -> u32 {
+        3 + u32::from(self.extended_l2)
     }
 
-    /// log2 of the entries of an L2 slice: [`SLICE_ENTRIES`], or a whole table where that is less.
+    /// log2 of the entries of an L2 table, which is a cluster.
+    pub fn l2_bits(&self) -> u32 {
+        self.cluster_bits - self.entry_bits()
+    }
+
+    /// log2 of the entries of an L2 slice: 4 KiB of them, or a whole table where that is less.
     pub fn slice_bits(&self) -> u32 {
-        self.l2_bits().min(SLICE_ENTRIES.trailing_zeros())
+        let most = (SLICE_ENTRIES * 8).trailing_zeros() - self.entry_bits();
+        self.l2_bits().min(most)
     }
 
     /// Bytes of an L2 slice in the file.
     pub fn slice_bytes(&self) -> u64 {
-        8 << self.slice_bits()
+        1 << (self.slice_bits() + self.entry_bits())
+    }
+
+    /// log2 of the bytes of a subcluster; meaningful with extended L2 entries.
+    pub fn subcluster_bits(&self) -> u32 {
+        self.cluster_bits - SUBCLUSTERS.trailing_zeros()
     }
 
     /// Bytes of the virtual disk that one L2 table maps.

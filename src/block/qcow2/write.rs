@@ -62,7 +62,7 @@ impl Qcow2 {
         // The common case: the whole range lies in one piece, in clusters that are ours alone.
         if let Target::InPlace { host, len } = self.target(offset, from.len() as u64) {
             if len == from.len() as u64 {
-                return self.storage.write(io, host.0, from).await;
+                return self.data.write(io, host.0, from).await;
             }
         }
         let mut window = Window::default();
@@ -86,20 +86,20 @@ impl Qcow2 {
         mut rest: Sg<'a>,
         window: &mut Window<'a>,
     ) -> Result<()> {
-        let align = self.storage.limits().io_align as u64;
+        let align = self.data.limits().io_align as u64;
         while !rest.is_empty() {
             let target = self.target(offset, rest.len() as u64);
             let done = match target {
                 Target::InPlace { host, len } if (host.0 | len) & (align - 1) == 0 => {
                     let (part, _) = rest.split_at(len as usize);
                     window.make_room(io).await?;
-                    window.push(self.storage.begin_write(io, host.0, part));
+                    window.push(self.data.begin_write(io, host.0, part));
                     len
                 }
                 Target::InPlace { host, len } => {
                     window.finish_all(io).await?;
                     let (part, _) = rest.split_at(len as usize);
-                    self.storage.write(io, host.0, part).await?;
+                    self.data.write(io, host.0, part).await?;
                     len
                 }
                 other => {
@@ -300,7 +300,8 @@ impl Qcow2 {
 
         // What was there before, where the guest's bytes do not cover it.
         let (old_head, old_tail) = (claim.get(0), claim.get(count as usize - 1));
-        let untouched = |raw| fresh.zeroed() && self.reads_zero(raw);
+        let reads_zero = self.fresh_reads_zero(&fresh);
+        let untouched = |raw| reads_zero && self.reads_zero(raw);
         let rest = end - skip - len;
         let needs_head = skip > 0 && !untouched(old_head);
         let needs_tail = rest > 0 && !untouched(old_tail);
@@ -337,7 +338,7 @@ impl Qcow2 {
         let part = from.split_at(len as usize).0;
         self.write_around(io, host, head, part, tail).await?;
 
-        let zeros = fresh.zeroed() && (0..claim.count()).all(|n| self.reads_zero(claim.get(n)));
+        let zeros = reads_zero && (0..claim.count()).all(|n| self.reads_zero(claim.get(n)));
         let ordered = !zeros;
         claim.slice().note_order(ordered);
         let mut freed = Freed::default();
@@ -365,7 +366,7 @@ impl Qcow2 {
         tail: Sg<'_>,
     ) -> Result<()> {
         if head.is_empty() && tail.is_empty() {
-            return self.storage.write(io, host.0, part).await;
+            return self.data.write(io, host.0, part).await;
         }
         let list: Vec<iovec> = head
             .iter()
@@ -379,7 +380,7 @@ impl Qcow2 {
         // SAFETY: the pieces come from lists whose memory outlives this call, and nothing else uses the
         // buffers meanwhile.
         let all = unsafe { Sg::new(&list) };
-        self.storage.write(io, host.0, all).await
+        self.data.write(io, host.0, all).await
     }
 
     /// True if an unreplaced entry reads as zeros.
@@ -408,7 +409,7 @@ impl Qcow2 {
                 to.zero();
                 Ok(())
             }
-            Entry::Data { host, .. } => self.storage.read(io, host.0 + skip, to).await,
+            Entry::Data { host, .. } => self.data.read(io, host.0 + skip, to).await,
             Entry::Compressed(data) => self.read_compressed(io, data, skip, to).await,
             Entry::Bad => Err(self.bad_entry(g.guest_cluster(GuestOffset(offset)))),
         }

@@ -1,0 +1,78 @@
+//! Updates of the header in place. Each is one write of the first sector, which a power loss leaves whole:
+//! old or new.
+
+use super::{Header, field, incompatible, u64_at};
+use crate::block::error::Result;
+use crate::block::qcow2::units::HostOffset;
+use crate::block::storage::Storage;
+use crate::reactor::Io;
+
+impl Header {
+    /// Points the header at another refcount table. Not durable before a flush.
+    ///
+    /// # Errors
+    /// Those of reading and writing the first sector.
+    pub async fn write_refcount_table(
+        &self,
+        io: &Io,
+        storage: &Storage,
+        offset: HostOffset,
+        clusters: u32,
+    ) -> Result<()> {
+        self.update(io, storage, |sector| {
+            put(sector, field::REFCOUNT_TABLE, &offset.0.to_be_bytes());
+            put(sector, field::REFCOUNT_TABLE + 8, &clusters.to_be_bytes());
+        })
+        .await
+    }
+
+    /// Clears the auto-clear bits, as must be before the first write by a program that does not keep
+    /// up what they stand for. Not durable before a flush.
+    ///
+    /// # Errors
+    /// Those of reading and writing the first sector.
+    pub async fn clear_autoclear(&self, io: &Io, storage: &Storage) -> Result<()> {
+        if self.version < 3 || self.autoclear == 0 {
+            return Ok(());
+        }
+        self.update(io, storage, |sector| {
+            put(sector, field::AUTOCLEAR, &0u64.to_be_bytes());
+        })
+        .await
+    }
+
+    /// Sets the corrupt bit, so that nobody writes to the image before it is repaired. Version 2 has no
+    /// such bit. Not durable before a flush.
+    ///
+    /// # Errors
+    /// Those of reading and writing the first sector.
+    pub async fn mark_corrupt(&self, io: &Io, storage: &Storage) -> Result<()> {
+        if self.version < 3 {
+            return Ok(());
+        }
+        self.update(io, storage, |sector| {
+            let bits = u64_at(sector, field::INCOMPATIBLE) | incompatible::CORRUPT;
+            put(sector, field::INCOMPATIBLE, &bits.to_be_bytes());
+        })
+        .await
+    }
+
+    async fn update(
+        &self,
+        io: &Io,
+        storage: &Storage,
+        change: impl FnOnce(&mut [u8]),
+    ) -> Result<()> {
+        let _one = self.updates.lock().await;
+        let mut sector = io.buf(512);
+        storage.read(io, 0, sector.sg()).await?;
+        change(&mut sector);
+        storage.write(io, 0, sector.sg()).await
+    }
+}
+
+fn put(sector: &mut [u8], at: usize, value: &[u8]) {
+    if let Some(place) = sector.get_mut(at..at + value.len()) {
+        place.copy_from_slice(value);
+    }
+}
