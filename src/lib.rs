@@ -26,5 +26,6 @@ pub mod config;
 pub mod daemon;
 pub mod dataplane;
 pub mod reactor;
+mod sync;
 pub mod vhost_user;
 pub mod virtio;

@@ -12,8 +12,10 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+
+use crate::sync::atomic::{AtomicU64, Ordering, fence};
+use crate::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A point in the order of retirements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -63,7 +65,7 @@ impl Epochs {
             .all(|word| word.0.load(Ordering::SeqCst) > epoch.0)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Announcement>>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Announcement>>> {
         self.participants
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

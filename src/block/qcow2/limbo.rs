@@ -5,10 +5,10 @@
 //! before the free has completed (its epoch has passed).
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::runs::Run;
 use crate::reactor::Epoch;
+use crate::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A point in the order of frees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
