@@ -379,9 +379,6 @@ impl Header {
         if self.geometry.extended_l2 {
             return Err(self.unsupported(at, "extended L2 entries (subclusters)"));
         }
-        if self.compression == Compression::Zstd {
-            return Err(self.unsupported(104, "zstd compression"));
-        }
         match self.encryption {
             Encryption::None => Ok(()),
             Encryption::Aes => Err(self.unsupported(32, "AES encryption")),

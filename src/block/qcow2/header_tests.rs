@@ -84,10 +84,7 @@ fn unknown_incompatible_features_are_refused_by_their_names() {
 
 #[test]
 fn features_that_are_not_supported_are_refused_by_name() {
-    for (option, word) in [
-        ("extended_l2=on,cluster_size=64k", "extended L2"),
-        ("compression_type=zstd", "zstd"),
-    ] {
+    for (option, word) in [("extended_l2=on,cluster_size=64k", "extended L2")] {
         let (bytes, len) = image(option, &[]);
         let (kind, text) = refused(&bytes, len);
         assert_eq!(kind, ErrorKind::Unsupported);

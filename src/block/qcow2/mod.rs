@@ -6,7 +6,7 @@
 //! | --- | --- |
 //! | [`units`], [`header`], `entry` | the format's numbers, header and table entries |
 //! | `slice`, `tables` | the L1 table and the cache of L2 slices: lock-free to look at |
-//! | `map`, `compressed` | reading: from the guest's offset to where its bytes are |
+//! | `map`, `compressed`, `inflated` | reading: from the guest's offset to where its bytes are |
 //! | `claim`, `write`, `discard` | changing: one claimed run of clusters after another |
 //! | `alloc`, `refill`, `arena`, `limbo` | host clusters: handed out, made ready, freed |
 //! | `reftable`, `refcount` | the refcount table, its blocks and their entries |
@@ -23,6 +23,7 @@ mod discard;
 mod entry;
 mod flush;
 pub mod header;
+mod inflated;
 mod limbo;
 mod map;
 mod open;
@@ -51,6 +52,7 @@ pub use units::{Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset};
 
 use super::storage::Storage;
 use flush::Flushes;
+use inflated::Inflated;
 use tables::Tables;
 
 /// An open image. Requests run on any thread's [`crate::reactor::Io`] of one epoch domain at the same time;
@@ -67,6 +69,7 @@ pub struct Qcow2 {
     alloc: Option<Arc<Allocator>>,
     has_backing: bool,
     flushes: Flushes,
+    inflated: Inflated,
     /// Held by who makes an L2 table.
     new_table: async_lock::Mutex<()>,
     /// Opened read-only, or found to be corrupt since.

@@ -7,6 +7,7 @@ use super::Qcow2;
 use super::alloc::Allocator;
 use super::flush::Flushes;
 use super::header::Header;
+use super::inflated::Inflated;
 use super::tables::Tables;
 use super::units::HostCluster;
 use crate::block::error::Result;
@@ -59,6 +60,7 @@ impl Qcow2 {
             }
         }
         Ok(Self {
+            inflated: Inflated::new(&header.geometry),
             data: storage.clone(),
             storage,
             header,

@@ -9,6 +9,7 @@ use crate::block::error::{ErrorKind, Result};
 use crate::block::sim::{Sim, SimStorage, random};
 use crate::reactor::{Epochs, Io, IoConfig, Sg};
 
+mod compressed;
 mod concurrent;
 mod crash;
 mod faults;

@@ -498,7 +498,10 @@ impl Freed {
                 }
             }
             // Several compressed clusters may share one: each gives back its own reference.
-            Entry::Compressed(data) => self.runs.push(data.clusters(g)),
+            Entry::Compressed(data) => {
+                image.inflated.forget(data);
+                self.runs.push(data.clusters(g));
+            }
             Entry::Unallocated | Entry::Zero { host: None, .. } | Entry::Bad => {}
         }
     }
