@@ -73,6 +73,9 @@ impl std::str::FromStr for CacheMode {
     }
 }
 
+/// Memory for the mappings of a qcow2 image by default, in bytes: enough for 1 TiB in clusters of 64 KiB.
+pub const DEFAULT_L2_CACHE: u64 = 72 << 20;
+
 /// What the user asked for.
 #[derive(Clone, Debug)]
 pub struct DiskSpec {
@@ -90,13 +93,13 @@ pub struct DiskSpec {
     pub allow_paths: Vec<PathBuf>,
     /// Discards are passed on; else they do nothing.
     pub discard: bool,
-    /// Memory for cached qcow2 mappings, bytes an image.
+    /// Memory for cached qcow2 mappings, bytes an image. Taken as they are loaded.
     pub l2_cache_bytes: u64,
 }
 
 impl DiskSpec {
     /// `source` with the usual: writable, past the page cache, backing files through it, discards passed
-    /// on, 32 MiB of mappings.
+    /// on, mappings as far as [`DEFAULT_L2_CACHE`] reaches.
     pub fn new(source: Source, format: Format) -> Self {
         Self {
             source,
@@ -106,7 +109,7 @@ impl DiskSpec {
             backing_cache: CacheMode::Writeback,
             allow_paths: Vec::new(),
             discard: true,
-            l2_cache_bytes: 32 << 20,
+            l2_cache_bytes: DEFAULT_L2_CACHE,
         }
     }
 }

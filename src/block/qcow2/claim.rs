@@ -1,20 +1,62 @@
 //! Claims: the right to replace the entries of a run of clusters.
 //!
-//! A claim is taken entry by entry, in ascending order, with a compare-and-swap on the state byte. Only a
-//! claim's first entry is ever waited for, and nothing is held meanwhile; where a later entry is busy the
-//! run ends before it. So no writer waits while another waits for it.
+//! Who replaces entries holds a claim of them; readers, and writers to clusters that are the image's alone,
+//! do not look at claims. So claims are kept apart from the slices, in a few short lists by slice number:
+//! the run of a claim lies in one slice, and is claimed under one lock.
 //!
-//! Who finds an entry busy puts a waker beside it; the claim's end takes the wakers. The wakers' lock makes
-//! "still busy, so register" one step, and the swap in [`Claim`]'s drop sees the registration or comes
-//! before it.
+//! Only a claim's first entry is ever waited for, and nothing is held meanwhile; where a later entry is
+//! claimed already the run ends before it. So no writer waits while another waits for it.
+//!
+//! Who finds an entry claimed puts a waker beside the claim; the claim's end takes the wakers. The lock makes
+//! "still claimed, so register" one step.
 
 use std::future::poll_fn;
-use std::sync::atomic::Ordering;
+use std::sync::Mutex;
 use std::task::{Poll, Waker};
 
-use super::slice::{BUSY, Pinned, Slice, WAITERS};
+use super::slice::{Pinned, Slice};
 use super::tables::{Tables, lock};
 use super::units::GuestCluster;
+
+/// Lists of claims: more than there are threads, so that they seldom meet at one.
+const SHARDS: u64 = 64;
+
+/// The claims of an image.
+#[derive(Debug)]
+pub(super) struct Claims(Box<[Shard]>);
+
+/// Claims in every 64th slice, alone on their cache lines. They are as many as there are writes to new
+/// clusters under way, so they are looked through one by one.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Shard(Mutex<Vec<Held>>);
+
+/// A run of claimed guest clusters.
+#[derive(Debug)]
+struct Held {
+    first: u64,
+    count: u64,
+    /// Who waits for which of them.
+    waiters: Vec<(u64, Waker)>,
+}
+
+impl Default for Claims {
+    fn default() -> Self {
+        Self((0..SHARDS).map(|_| Shard::default()).collect())
+    }
+}
+
+impl Claims {
+    fn of(&self, slice: u64) -> &Mutex<Vec<Held>> {
+        &self.0[(slice % SHARDS) as usize].0
+    }
+}
+
+impl Held {
+    fn has(&self, cluster: GuestCluster) -> bool {
+        (self.first..self.first + self.count).contains(&cluster.0)
+    }
+}
 
 /// Neighbouring entries of one slice that only this writer may replace. Dropping it ends the claim.
 #[derive(Debug)]
@@ -41,7 +83,7 @@ pub(super) enum Attempt<'a> {
 
 impl Tables {
     /// Claims `first` and up to `max` entries from there on, in one slice, as long as they are free and
-    /// `wanted` (which gets the distance from the first and the raw entry).
+    /// `wanted` (which gets the distance from the first and the raw entry, and must take no lock).
     pub(super) fn try_claim(
         &self,
         first: GuestCluster,
@@ -52,62 +94,48 @@ impl Tables {
         let Some(slice) = self.pin(place.slice) else {
             return Attempt::Missing;
         };
-        let max = max.min(self.left_in_slice(first)) as usize;
-        let mut claim = Claim {
+        let mut free = max.min(self.left_in_slice(first));
+        let mut claims = lock(self.claims.of(place.slice));
+        for held in claims.iter() {
+            if held.has(first) {
+                return Attempt::Busy;
+            }
+            if held.first > first.0 {
+                free = free.min(held.first - first.0);
+            }
+        }
+        let count = (0..free as usize)
+            .take_while(|n| wanted(*n, slice.get(place.at + n)))
+            .count();
+        if count == 0 {
+            return Attempt::Unwanted;
+        }
+        claims.push(Held {
+            first: first.0,
+            count: count as u64,
+            waiters: Vec::new(),
+        });
+        drop(claims);
+        Attempt::Claimed(Claim {
             tables: self,
             slice,
             first,
             at: place.at,
-            count: 0,
-        };
-        while claim.count < max {
-            let n = claim.count;
-            let state = claim.slice.state(place.at + n);
-            // Acquire: what the last claim published is seen.
-            let free = state.compare_exchange(0, BUSY, Ordering::Acquire, Ordering::Relaxed);
-            if free.is_err() {
-                if n == 0 {
-                    return Attempt::Busy;
-                }
-                break;
-            }
-            claim.count += 1;
-            if !wanted(n, claim.get(n)) {
-                claim.truncate(n);
-                if n == 0 {
-                    return Attempt::Unwanted;
-                }
-                break;
-            }
-        }
-        Attempt::Claimed(claim)
+            count,
+        })
     }
 
     /// Waits until nobody claims the cluster; somebody may again by the time this returns.
     #[cold]
     pub(super) async fn unclaimed(&self, cluster: GuestCluster) {
-        let place = self.place(cluster);
+        let slice = self.place(cluster).slice;
         poll_fn(|cx| {
-            let registered = self.with(place.slice, |slice| {
-                let mut waiters = lock(&self.waiters);
-                let state = slice.state(place.at);
-                let busy = state
-                    .fetch_update(Ordering::AcqRel, Ordering::Acquire, |state| {
-                        (state & BUSY != 0).then_some(state | WAITERS)
-                    })
-                    .is_ok();
-                if busy {
-                    waiters
-                        .entry(cluster.0)
-                        .or_default()
-                        .push(cx.waker().clone());
-                }
-                busy
-            });
-            match registered {
-                Some(true) => Poll::Pending,
-                _ => Poll::Ready(()),
-            }
+            let mut claims = lock(self.claims.of(slice));
+            let Some(held) = claims.iter_mut().find(|held| held.has(cluster)) else {
+                return Poll::Ready(());
+            };
+            held.waiters.push((cluster.0, cx.waker().clone()));
+            Poll::Pending
         })
         .await;
     }
@@ -124,10 +152,16 @@ impl Claim<'_> {
         self.slice.get(self.at + n)
     }
 
-    /// Replaces the entry `n` behind the first, for readers to see at once.
+    /// Replaces the entry `n` behind the first, for readers to see at once. A bitmap stays.
     pub(super) fn publish(&self, n: usize, raw: u64) {
+        self.publish_pair(n, raw, self.slice.bitmap(self.at + n));
+    }
+
+    /// As [`Claim::publish`], with the bitmap of an extended entry.
+    pub(super) fn publish_pair(&self, n: usize, raw: u64, bitmap: u64) {
         debug_assert!(n < self.count);
-        self.slice.publish(self.at + n, raw);
+        let taken = self.slice.publish_pair(self.at + n, raw, bitmap);
+        self.tables.note_memory(taken);
     }
 
     /// The slice.
@@ -137,19 +171,28 @@ impl Claim<'_> {
 
     /// Ends the claim of all but the first `count` entries.
     pub(super) fn truncate(&mut self, count: usize) {
-        while self.count > count {
-            self.count -= 1;
-            self.release(self.count);
+        if count >= self.count {
+            return;
         }
-    }
-
-    fn release(&self, n: usize) {
-        // Release: the next claim sees what this one published.
-        let state = self.slice.state(self.at + n).swap(0, Ordering::Release);
-        if state & WAITERS != 0 {
-            let waiters = lock(&self.tables.waiters).remove(&(self.first.0 + n as u64));
-            waiters.into_iter().flatten().for_each(Waker::wake);
-        }
+        self.count = count;
+        let end = self.first.0 + count as u64;
+        // Unlocking is a Release: the next claim sees what this one published.
+        let mut claims = lock(self.tables.claims.of(self.slice.index));
+        let Some(at) = claims.iter().position(|held| held.first == self.first.0) else {
+            return;
+        };
+        let waiters = if count == 0 {
+            claims.swap_remove(at).waiters
+        } else {
+            let held = &mut claims[at];
+            held.count = count as u64;
+            let waiters = std::mem::take(&mut held.waiters).into_iter();
+            let (over, still) = waiters.partition(|waiter| waiter.0 >= end);
+            held.waiters = still;
+            over
+        };
+        drop(claims);
+        waiters.into_iter().for_each(|(_, waker)| waker.wake());
     }
 }
 

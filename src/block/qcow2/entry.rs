@@ -11,10 +11,17 @@ const COMPRESSED: u64 = 1 << 62;
 /// Reads as zeros, whatever the host cluster holds (version 3).
 pub(super) const ZERO: u64 = 1;
 /// Bits 9 to 55: the host offset.
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+pub(super) const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// In memory, for an entry that must not be used. No valid entry has both bits; what the file really
 /// says is kept beside the slice.
 pub(super) const BAD: u64 = COPIED | COMPRESSED;
+/// In memory, with the number of an incomplete cluster in bits 9 to 32 ([`incomplete`]): its mapping is
+/// kept elsewhere while a part of its data is missing. No valid entry has all these bits.
+pub(super) const INCOMPLETE: u64 = COPIED | COMPRESSED | 1 << 1;
+/// The largest number of an incomplete cluster.
+pub(super) const MAX_INCOMPLETE: u32 = (1 << 24) - 1;
+/// The first bit of that number.
+const INCOMPLETE_SHIFT: u32 = 9;
 
 /// What an L2 entry means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +58,25 @@ impl Compressed {
         let last = (self.offset.0 + self.bytes - 1) >> g.cluster_bits;
         (HostCluster(first), last - first + 1)
     }
+}
+
+/// The marker of an incomplete cluster, by number: [`MAX_INCOMPLETE`] at most, else [`BAD`].
+pub(super) fn incomplete(index: u32) -> u64 {
+    if index > MAX_INCOMPLETE {
+        return BAD;
+    }
+    INCOMPLETE | u64::from(index) << INCOMPLETE_SHIFT
+}
+
+/// The number of an incomplete cluster, if the entry is such a marker.
+pub(super) fn incomplete_index(raw: u64) -> Option<u32> {
+    let index = (raw >> INCOMPLETE_SHIFT) as u32 & MAX_INCOMPLETE;
+    (incomplete(index) == raw).then_some(index)
+}
+
+/// True for what an entry can be in memory only: [`BAD`], and incomplete clusters.
+pub(super) fn is_marker(raw: u64) -> bool {
+    raw & BAD == BAD
 }
 
 /// An L2 entry's meaning.

@@ -1,7 +1,5 @@
 //! From the guest's offset to where its bytes are: the hot path of every request.
 
-use std::ops::ControlFlow;
-
 use super::Qcow2;
 use super::entry::{Compressed, Entry, decode};
 use super::slice::Slice;
@@ -165,7 +163,7 @@ impl Qcow2 {
     }
 
     /// How many entries from `at` on, at most `wanted`, are as the first one. `same` gets the distance
-    /// from the first.
+    /// from the first, and says yes to one that goes on as the one before it ([`Slice::run`]).
     #[inline]
     pub(super) fn run(
         &self,
@@ -174,16 +172,9 @@ impl Qcow2 {
         wanted: usize,
         same: impl Fn(usize, Entry) -> bool,
     ) -> usize {
-        let goes_on = (1..wanted).try_fold(1, |count, n| {
-            if same(n, decode(slice.get(at + n), &self.tables.geometry)) {
-                ControlFlow::Continue(count + 1)
-            } else {
-                ControlFlow::Break(count)
-            }
-        });
-        match goes_on {
-            ControlFlow::Continue(count) | ControlFlow::Break(count) => count,
-        }
+        slice.run(at, wanted, |n, raw| {
+            same(n, decode(raw, &self.tables.geometry))
+        })
     }
 
     fn unallocated(&self, len: u64) -> Extent {

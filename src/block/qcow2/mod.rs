@@ -5,7 +5,7 @@
 //! | module | what it does |
 //! | --- | --- |
 //! | [`units`], [`header`], `entry` | the format's numbers, header and table entries |
-//! | `slice`, `tables` | the L1 table and the cache of L2 slices: lock-free to look at |
+//! | `code`, `slice`, `tables` | the L1 table and the cache of L2 slices: lock-free to look at |
 //! | `map`, `compressed`, `inflated` | reading: from the guest's offset to where its bytes are |
 //! | `claim`, `write`, `discard` | changing: one claimed run of clusters after another |
 //! | `alloc`, `refill`, `arena`, `limbo` | host clusters: handed out, made ready, freed |
@@ -18,6 +18,7 @@ mod arena;
 mod below;
 pub mod check;
 mod claim;
+mod code;
 mod compressed;
 mod discard;
 mod entry;

@@ -11,79 +11,274 @@
 //! - **Unlinking** takes the pin count from 0 to [`EVICTED`], which makes new pins fail, and then looks at
 //!   the dirty flag: it sees every change made under an earlier pin.
 //!
-//! Per entry there is a state byte. A writer that is about to replace an entry claims it (`BUSY`). Only
-//! claimed entries are changed, but for the flags that a load sets. Readers do not look at the state.
+//! An entry takes four bytes ([`code`]). What does not fit is kept in full in the slice's spill, which is
+//! made when it is first needed. In images with extended L2 entries a slice has its bitmaps, too.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
-use std::ptr::{NonNull, null_mut};
+use std::ptr::{NonNull, null_mut, slice_from_raw_parts_mut};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
+use super::code;
 use super::entry;
-use super::units::SLICE_ENTRIES;
+use super::units::Geometry;
 
 /// In `pins`: unlinked, or about to be.
 const EVICTED: u32 = 1 << 31;
-
-/// In a state byte: a writer is replacing the entry.
-pub(super) const BUSY: u8 = 1;
-/// In a state byte, with `BUSY`: somebody waits for the claim's end.
-pub(super) const WAITERS: u8 = 2;
 
 /// In `dirty`: the slice differs from the file.
 pub(super) const DIRTY: u8 = 1;
 /// In `dirty`: data must be durable before this slice may be written (see `flush`).
 pub(super) const ORDERED: u8 = 2;
 
+/// In `changing`: a pair is being published. Bits 1 to 15 say at which entry; those above count.
+const CHANGING: u64 = 1;
+const CHANGES: u64 = 1 << 16;
+
+/// What an allocation costs besides its own size, at most.
+const BOX_BYTES: usize = 16;
+
+/// What all slices of an image have in common.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    cluster_bits: u8,
+    /// A power of two, 64 to 512.
+    entries: usize,
+    /// Each entry has a bitmap.
+    extended: bool,
+}
+
+impl Shape {
+    pub(super) fn new(g: &Geometry) -> Self {
+        Self {
+            cluster_bits: g.cluster_bits as u8,
+            entries: 1 << g.slice_bits(),
+            extended: g.extended_l2,
+        }
+    }
+
+    /// Memory that a slice without a spill takes.
+    pub(super) fn bytes(self) -> usize {
+        let bitmaps = if self.extended { self.table_bytes() } else { 0 };
+        size_of::<Thin>() + self.entries * size_of::<AtomicU32>() + BOX_BYTES + bitmaps
+    }
+
+    /// Memory of a spill, or of the bitmaps.
+    fn table_bytes(self) -> usize {
+        self.entries * size_of::<AtomicU64>() + BOX_BYTES
+    }
+
+    fn table(self) -> Box<[AtomicU64]> {
+        (0..self.entries).map(|_| AtomicU64::new(0)).collect()
+    }
+}
+
 /// A piece of an L2 table.
+pub(super) type Slice = SliceOf<[AtomicU32]>;
+/// The same without its entries, whose number the [`Directory`] knows.
+type Thin = SliceOf<[AtomicU32; 0]>;
+
+/// A slice with its entries in the same allocation.
 #[derive(Debug)]
-pub(super) struct Slice {
+#[repr(C)]
+pub(super) struct SliceOf<Codes: ?Sized> {
     /// Number of the slice, over the whole virtual disk.
     pub(super) index: u64,
     pins: AtomicU32,
     dirty: AtomicU8,
     /// Looked at since the clock's hand passed.
     used: AtomicBool,
-    /// What the file says where `entries` says [`entry::BAD`].
-    bad: Vec<(usize, u64)>,
-    states: [AtomicU8; SLICE_ENTRIES],
-    entries: [AtomicU64; SLICE_ENTRIES],
+    shape: Shape,
+    /// Entries that have no code of their own; what the file says where the code is [`code::BAD`].
+    spill: OnceLock<Box<[AtomicU64]>>,
+    /// Of extended L2 entries.
+    bitmaps: Option<Box<[AtomicU64]>>,
+    /// Held by who publishes an entry together with its bitmap.
+    changing: AtomicU64,
+    codes: Codes,
 }
 
 impl Slice {
-    /// A slice with entries as the file has them; `check` says which may be used.
+    /// A slice with entries and bitmaps as the file has them; `check` says which may be used.
     pub(super) fn new(
         index: u64,
-        raw: impl Iterator<Item = u64>,
-        check: impl Fn(u64) -> bool,
+        shape: Shape,
+        raw: impl Iterator<Item = (u64, u64)>,
+        check: impl Fn(u64, u64) -> bool,
     ) -> Box<Self> {
-        let mut slice = Box::new(Self {
-            index,
-            pins: AtomicU32::new(0),
-            dirty: AtomicU8::new(0),
-            used: AtomicBool::new(true),
-            bad: Vec::new(),
-            states: [const { AtomicU8::new(0) }; SLICE_ENTRIES],
-            entries: [const { AtomicU64::new(0) }; SLICE_ENTRIES],
-        });
-        for (at, raw) in raw.enumerate().take(SLICE_ENTRIES) {
-            let good = check(raw);
-            if !good {
-                slice.bad.push((at, raw));
+        let slice: Box<Self> = match shape.entries {
+            0..=64 => Self::empty::<64>(index, shape),
+            65..=128 => Self::empty::<128>(index, shape),
+            129..=256 => Self::empty::<256>(index, shape),
+            _ => Self::empty::<512>(index, shape),
+        };
+        for (at, (raw, bitmap)) in raw.enumerate().take(shape.entries) {
+            if check(raw, bitmap) {
+                slice.store(at, raw);
+            } else {
+                slice.spill()[at].store(raw, Ordering::Relaxed);
+                slice.codes[at].store(code::BAD, Ordering::Relaxed);
             }
-            *slice.entries[at].get_mut() = if good { raw } else { entry::BAD };
+            if let Some(bitmaps) = &slice.bitmaps {
+                bitmaps[at].store(bitmap, Ordering::Relaxed);
+            }
         }
         slice
     }
 
+    fn empty<const N: usize>(index: u64, shape: Shape) -> Box<Self> {
+        Box::new(SliceOf {
+            index,
+            pins: AtomicU32::new(0),
+            dirty: AtomicU8::new(0),
+            used: AtomicBool::new(true),
+            shape,
+            spill: OnceLock::new(),
+            bitmaps: shape.extended.then(|| shape.table()),
+            changing: AtomicU64::new(0),
+            codes: [const { AtomicU32::new(0) }; N],
+        })
+    }
+
+    /// Memory that the slice takes.
+    pub(super) fn bytes(&self) -> usize {
+        let spill = self.spill.get().map_or(0, |_| self.shape.table_bytes());
+        self.shape.bytes() + spill
+    }
+
+    // ---- entries ----
+
     /// The raw entry, in host byte order.
     #[inline]
     pub(super) fn get(&self, at: usize) -> u64 {
-        self.entries[at].load(Ordering::Acquire)
+        self.decoded(at, self.codes[at].load(Ordering::Acquire))
     }
 
-    /// Publishes an entry that the caller has claimed.
-    pub(super) fn publish(&self, at: usize, raw: u64) {
-        self.entries[at].store(raw, Ordering::Release);
+    /// How many entries from `at` on, at most `wanted`, are as the first one. `same` gets the distance from
+    /// the first; it must say yes to an entry that goes on as the one before it did: with the same flags,
+    /// in the next host cluster.
+    #[inline]
+    pub(super) fn run(&self, at: usize, wanted: usize, same: impl Fn(usize, u64) -> bool) -> usize {
+        // What the caller has seen of the first entry may be gone: only what `same` was asked about counts.
+        let mut before = code::BAD;
+        for n in 1..wanted {
+            let code = self.codes[at + n].load(Ordering::Acquire);
+            if !code::follows(before, code) && !same(n, self.decoded(at + n, code)) {
+                return n;
+            }
+            before = code;
+        }
+        wanted.max(1)
+    }
+
+    #[inline]
+    fn decoded(&self, at: usize, code: u32) -> u64 {
+        if code::is_plain(code) {
+            code::plain(code, self.shape.cluster_bits.into())
+        } else {
+            self.get_special(at, code)
+        }
+    }
+
+    /// The code may have changed between the loads of it and of the spill, and the spill with it: what
+    /// is in the spill is the entry only if it still is when the spill was read. (A spilled entry that
+    /// another spilled one replaces is one store, to the spill.)
+    #[cold]
+    fn get_special(&self, at: usize, mut code: u32) -> u64 {
+        while code == code::SPILLED {
+            let raw = self.spill()[at].load(Ordering::Acquire);
+            code = self.codes[at].load(Ordering::Acquire);
+            if code == code::SPILLED {
+                return raw;
+            }
+        }
+        code::raw(code, self.shape.cluster_bits.into())
+    }
+
+    /// The bitmap of an extended entry, else 0. For an entry and its bitmap together, [`Slice::look`].
+    pub(super) fn bitmap(&self, at: usize) -> u64 {
+        self.bitmaps
+            .as_ref()
+            .map_or(0, |bitmaps| bitmaps[at].load(Ordering::Acquire))
+    }
+
+    /// An entry and its bitmap as they were published together.
+    #[inline]
+    pub(super) fn look(&self, at: usize) -> (u64, u64) {
+        let Some(bitmaps) = &self.bitmaps else {
+            return (self.get(at), 0);
+        };
+        let mine = (at as u64) << 1 | CHANGING;
+        let mut turns = 0u32;
+        loop {
+            // Acquire, all of them: they happen in this order. Who sees something new of a pair sees
+            // here that it was being changed.
+            let before = self.changing.load(Ordering::Acquire);
+            if before & (CHANGES - 1) != mine {
+                let bitmap = bitmaps[at].load(Ordering::Acquire);
+                let raw = self.get(at);
+                if self.changing.load(Ordering::Acquire) == before {
+                    return (raw, bitmap);
+                }
+            }
+            wait_a_little(&mut turns);
+        }
+    }
+
+    /// Publishes an entry that the caller has claimed, and its bitmap: [`Slice::look`] finds both or
+    /// none of them. Returns how many bytes of memory that took.
+    pub(super) fn publish_pair(&self, at: usize, raw: u64, bitmap: u64) -> usize {
+        let Some(bitmaps) = &self.bitmaps else {
+            return self.store(at, raw);
+        };
+        let mut turns = 0u32;
+        let mut count = self.changing.load(Ordering::Relaxed);
+        loop {
+            // Acquire: what the one before published is older than what comes now.
+            let free = count & !(CHANGES - 1);
+            let mine = free | (at as u64) << 1 | CHANGING;
+            match self.changing.compare_exchange_weak(
+                free,
+                mine,
+                Ordering::Acquire,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => {
+                    count = free;
+                    break;
+                }
+                Err(now) => count = now,
+            }
+            wait_a_little(&mut turns);
+        }
+        // Both are Release: who sees one of them sees that the pair is being changed, or that it was.
+        let taken = self.store(at, raw);
+        bitmaps[at].store(bitmap, Ordering::Release);
+        self.changing
+            .store(count.wrapping_add(CHANGES), Ordering::Release);
+        taken
+    }
+
+    fn store(&self, at: usize, raw: u64) -> usize {
+        let code = code::of(raw, self.shape.cluster_bits.into());
+        let before = self.spill.get().is_some();
+        if code == code::SPILLED {
+            self.spill()[at].store(raw, Ordering::Release);
+        }
+        self.codes[at].store(code, Ordering::Release);
+        match (before, code) {
+            (true, code::BAD) => {
+                // Nothing of the file's stands for it any more.
+                self.spill()[at].store(0, Ordering::Release);
+                0
+            }
+            (false, code::SPILLED) => self.shape.table_bytes(),
+            _ => 0,
+        }
+    }
+
+    fn spill(&self) -> &[AtomicU64] {
+        self.spill.get_or_init(|| self.shape.table())
     }
 
     #[inline]
@@ -120,20 +315,27 @@ impl Slice {
         self.dirty.swap(0, Ordering::AcqRel)
     }
 
-    /// The state byte of an entry.
-    pub(super) fn state(&self, at: usize) -> &AtomicU8 {
-        &self.states[at]
-    }
-
-    /// Copies the entries as the file has them, big-endian.
+    /// Copies the entries as the file has them, big-endian. A bad entry is what it was when the slice was
+    /// loaded; other markers, which the file does not know, are unallocated.
     pub(super) fn encode(&self, to: &mut [u8]) {
-        for (at, to) in to.chunks_exact_mut(8).enumerate() {
-            let mut raw = self.get(at);
+        let bytes = if self.bitmaps.is_some() { 16 } else { 8 };
+        for (at, to) in to
+            .chunks_exact_mut(bytes)
+            .enumerate()
+            .take(self.shape.entries)
+        {
+            let (mut raw, bitmap) = self.look(at);
             if raw == entry::BAD {
-                let kept = self.bad.iter().find(|bad| bad.0 == at);
-                raw = kept.map_or(0, |bad| bad.1);
+                let spill = self.spill.get();
+                raw = spill.map_or(0, |spill| spill[at].load(Ordering::Acquire));
+            } else if entry::is_marker(raw) {
+                raw = 0;
             }
-            to.copy_from_slice(&raw.to_be_bytes());
+            let (entry, extension) = to.split_at_mut(8);
+            entry.copy_from_slice(&raw.to_be_bytes());
+            if !extension.is_empty() {
+                extension.copy_from_slice(&bitmap.to_be_bytes());
+            }
         }
     }
 
@@ -167,6 +369,17 @@ impl Slice {
     }
 }
 
+/// Publishing a pair is a matter of a few instructions, unless the thread that does it has lost its CPU.
+#[cold]
+fn wait_a_little(turns: &mut u32) {
+    *turns += 1;
+    if *turns % 64 == 0 {
+        std::thread::yield_now();
+    } else {
+        std::hint::spin_loop();
+    }
+}
+
 /// A slice that is not unlinked before this is dropped.
 #[derive(Debug)]
 pub(super) struct Pinned(NonNull<Slice>);
@@ -194,8 +407,10 @@ impl Drop for Pinned {
 /// something in them is loaded.
 #[derive(Debug)]
 pub(super) struct Directory {
-    words: NonNull<AtomicPtr<Slice>>,
+    words: NonNull<AtomicPtr<Thin>>,
     len: usize,
+    /// Entries of each slice.
+    entries: usize,
 }
 
 // SAFETY: the words are atomic, and slices are Sync.
@@ -204,28 +419,41 @@ unsafe impl Send for Directory {}
 unsafe impl Sync for Directory {}
 
 impl Directory {
-    /// Room for `len` slices; none if there is no memory for that.
-    pub(super) fn new(len: u64) -> Option<Self> {
+    /// Room for `len` slices of one shape; none if there is no memory for that.
+    pub(super) fn new(len: u64, shape: Shape) -> Option<Self> {
         let len = usize::try_from(len).ok()?;
-        let layout = Layout::array::<AtomicPtr<Slice>>(len.max(1)).ok()?;
+        let layout = Layout::array::<AtomicPtr<Thin>>(len.max(1)).ok()?;
         // SAFETY: the layout is not empty. Zeros are null pointers.
         let words = NonNull::new(unsafe { alloc_zeroed(layout) })?.cast();
-        Some(Self { words, len })
+        let entries = shape.entries;
+        Some(Self {
+            words,
+            len,
+            entries,
+        })
     }
 
     #[inline]
-    fn word(&self, index: u64) -> Option<&AtomicPtr<Slice>> {
+    fn word(&self, index: u64) -> Option<&AtomicPtr<Thin>> {
         let index = usize::try_from(index).ok().filter(|i| *i < self.len)?;
         // SAFETY: `len` words were allocated and zeroed, and live as long as `self`.
         Some(unsafe { self.words.add(index).as_ref() })
     }
 
+    /// The slice at a word's address. All in one directory have the same number of entries, so their
+    /// words need not say it.
+    #[inline]
+    fn whole(&self, slice: *mut Thin) -> *mut Slice {
+        slice_from_raw_parts_mut(slice.cast::<AtomicU32>(), self.entries) as *mut Slice
+    }
+
     /// Looks at a slice, if it is loaded. On a reactor's thread only, in a task or in `block_on`.
     #[inline]
     pub(super) fn with<R>(&self, index: u64, look: impl FnOnce(&Slice) -> R) -> Option<R> {
-        let slice = self.word(index)?.load(Ordering::Acquire);
+        let slice = self.whole(self.word(index)?.load(Ordering::Acquire));
         // SAFETY: a slice that could be found is freed only after this thread's next quiescent point,
-        // and `look` cannot get there: it does not await.
+        // and `look` cannot get there: it does not await. It has as many entries as `whole` says: `link`
+        // has seen to that.
         unsafe { slice.as_ref() }.map(look)
     }
 
@@ -243,21 +471,23 @@ impl Directory {
         }
     }
 
-    /// Makes a slice findable. Only its one loader does this.
-    pub(super) fn link(&self, slice: Box<Slice>) -> *mut Slice {
-        let index = slice.index;
-        let slice = Box::into_raw(slice);
-        if let Some(word) = self.word(index) {
-            word.store(slice, Ordering::Release);
+    /// Makes a slice findable. Only its one loader does this. A slice of another shape is dropped.
+    pub(super) fn link(&self, slice: Box<Slice>) {
+        if slice.codes.len() != self.entries {
+            return;
         }
-        slice
+        if let Some(word) = self.word(slice.index) {
+            word.store(Box::into_raw(slice).cast::<Thin>(), Ordering::Release);
+        }
     }
 
     /// The opposite, for a slice on which [`Slice::begin_evict`] succeeded.
     pub(super) fn unlink(&self, index: u64) -> Option<Box<Slice>> {
         let slice = self.word(index)?.swap(null_mut(), Ordering::AcqRel);
-        // SAFETY: it came from `Box::into_raw` in `link`, and the swap gives it out once. Threads may
-        // still look at it: the caller keeps the box until they have passed a quiescent point.
+        let slice = self.whole(slice);
+        // SAFETY: it came from `Box::into_raw` in `link`, of a box with as many entries as `whole` says,
+        // and the swap gives it out once. Threads may still look at it: the caller keeps the box until
+        // they have passed a quiescent point.
         (!slice.is_null()).then(|| unsafe { Box::from_raw(slice) })
     }
 }
@@ -265,9 +495,13 @@ impl Directory {
 impl Drop for Directory {
     fn drop(&mut self) {
         // Loaded slices were unlinked by `Tables`.
-        if let Ok(layout) = Layout::array::<AtomicPtr<Slice>>(self.len.max(1)) {
+        if let Ok(layout) = Layout::array::<AtomicPtr<Thin>>(self.len.max(1)) {
             // SAFETY: allocated with the same layout.
             unsafe { dealloc(self.words.as_ptr().cast(), layout) };
         }
     }
 }
+
+#[cfg(test)]
+#[path = "tests/slice.rs"]
+mod tests;

@@ -13,9 +13,10 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use super::alloc::Allocator;
+use super::claim::Claims;
 use super::entry;
 use super::header::{Header, MAX_HOST_OFFSET};
-use super::slice::{DIRTY, Directory, ORDERED, Pinned, Slice};
+use super::slice::{DIRTY, Directory, ORDERED, Pinned, Shape, Slice};
 use super::units::{Geometry, GuestCluster, HostCluster, HostOffset};
 use crate::block::error::{Error, ErrorKind, Result};
 use crate::block::storage::Storage;
@@ -23,6 +24,8 @@ use crate::reactor::{Epoch, Io};
 
 /// L1 entries are written in pieces of this many bytes at most.
 const L1_UNIT: u64 = 4096;
+/// Slices that may be in memory whatever the limit.
+const MIN_SLICES: usize = 4;
 
 /// Locks a mutex that guards plain data: a panic elsewhere has left nothing half done.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -44,12 +47,14 @@ pub(super) struct Tables {
     /// Loaded slices, in the order of the clock; its hand is at the front.
     clock: Mutex<VecDeque<u64>>,
     loaded: AtomicUsize,
+    /// Memory of the loaded slices, and how much it may be. In bytes.
+    memory: AtomicUsize,
     limit: usize,
+    shape: Shape,
     graveyard: Mutex<Vec<(Epoch, Box<Slice>)>>,
     dirty: Mutex<Dirty>,
     loading: Mutex<HashMap<u64, Vec<Waker>>>,
-    /// Who waits for a claim's end, by guest cluster.
-    pub(super) waiters: Mutex<HashMap<u64, Vec<Waker>>>,
+    pub(super) claims: Claims,
 }
 
 /// What differs from the file.
@@ -84,7 +89,8 @@ impl Tables {
         let raw = read_l1(io, storage, header).await?;
         let fixed = check_l1(&raw, storage, header, exclusive)?;
         let slices = header.size.div_ceil(g.cluster_size() << g.slice_bits());
-        let directory = Directory::new(slices).ok_or_else(|| {
+        let shape = Shape::new(&g);
+        let directory = Directory::new(slices, shape).ok_or_else(|| {
             Error::image(
                 ErrorKind::Unsupported,
                 &header.path,
@@ -102,13 +108,15 @@ impl Tables {
             directory,
             clock: Mutex::default(),
             loaded: AtomicUsize::new(0),
-            limit: usize::try_from(cache_bytes / size_of::<Slice>() as u64)
+            memory: AtomicUsize::new(0),
+            limit: usize::try_from(cache_bytes)
                 .unwrap_or(usize::MAX)
-                .max(4),
+                .max(MIN_SLICES * shape.bytes()),
+            shape,
             graveyard: Mutex::default(),
             dirty: Mutex::default(),
             loading: Mutex::default(),
-            waiters: Mutex::default(),
+            claims: Claims::default(),
         })
     }
 
@@ -189,11 +197,15 @@ impl Tables {
         };
         let mut buf = io.buf(self.geometry.slice_bytes() as usize);
         storage.read(io, offset.0, buf.sg()).await?;
-        let raw = buf
-            .chunks_exact(8)
-            .map(|b| b.try_into().map_or(0, u64::from_be_bytes));
+        let word = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_be_bytes);
+        let raw = buf.chunks_exact(1 << self.geometry.entry_bits()).map(|b| {
+            let (entry, bitmap) = b.split_at(8);
+            (word(entry), word(bitmap))
+        });
         let file_len = storage.len();
-        let new = Slice::new(slice, raw, |raw| self.is_valid(raw, file_len, alloc));
+        let check = |raw, _| self.is_valid(raw, file_len, alloc);
+        let new = Slice::new(slice, self.shape, raw, check);
+        self.note_memory(new.bytes());
         self.directory.link(new);
         self.loaded.fetch_add(1, Ordering::Relaxed);
         lock(&self.clock).push_back(slice);
@@ -322,13 +334,13 @@ impl Tables {
 
     /// More slices are in memory than should be, and most of them cannot go before they are written.
     pub(super) fn is_crowded(&self) -> bool {
-        self.loaded.load(Ordering::Relaxed) > self.limit
-            && lock(&self.dirty).slices.len() > self.limit / 2
+        self.memory.load(Ordering::Relaxed) > self.limit
+            && lock(&self.dirty).slices.len() > self.loaded.load(Ordering::Relaxed) / 2
     }
 
     /// Dirty slices at which they are to be written without being asked.
     pub(super) fn write_back_threshold(&self) -> usize {
-        (self.limit / 4).clamp(2, 256)
+        (self.limit / self.shape.bytes() / 4).clamp(2, 256)
     }
 
     /// Bytes of the L1 table that are written at once.
@@ -349,7 +361,14 @@ impl Tables {
         HostOffset(self.l1_offset.0 + unit * self.l1_unit())
     }
 
-    // ---- eviction ----
+    // ---- memory and eviction ----
+
+    /// Notes that a slice in memory, or a new one, takes `bytes` more.
+    pub(super) fn note_memory(&self, bytes: usize) {
+        if bytes > 0 {
+            self.memory.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
 
     /// Throws out clean slices that were not looked at lately, while there are too many. Not `new`, which
     /// somebody is about to look at: it may be the only clean one.
@@ -359,7 +378,7 @@ impl Tables {
         graveyard.retain(|dead| !io.epochs().passed(dead.0));
         // Two rounds: the first may do no more than take the marks of use away.
         let mut steps = clock.len() * 2;
-        while clock.len() > self.limit && steps > 0 {
+        while self.memory.load(Ordering::Relaxed) > self.limit && steps > 0 {
             steps -= 1;
             let Some(index) = clock.pop_front() else {
                 break;
@@ -371,6 +390,7 @@ impl Tables {
                 Some(true) => {
                     if let Some(slice) = self.directory.unlink(index) {
                         self.loaded.fetch_sub(1, Ordering::Relaxed);
+                        self.memory.fetch_sub(slice.bytes(), Ordering::Relaxed);
                         graveyard.push((io.epochs().retire(), slice));
                     }
                 }
@@ -384,6 +404,12 @@ impl Tables {
     #[cfg(test)]
     pub(super) fn loaded(&self) -> usize {
         self.loaded.load(Ordering::Relaxed)
+    }
+
+    /// Memory that they take, in bytes.
+    #[cfg(test)]
+    pub(super) fn memory(&self) -> usize {
+        self.memory.load(Ordering::Relaxed)
     }
 
     /// Bytes of the virtual disk.

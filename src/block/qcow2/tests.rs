@@ -15,6 +15,7 @@ mod crash;
 mod faults;
 mod history;
 mod judge;
+mod memory;
 mod read;
 mod write;
 

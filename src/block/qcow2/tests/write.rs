@@ -518,6 +518,7 @@ fn the_timer_lets_clusters_out_of_limbo_that_a_request_held_there() {
 #[test]
 fn mappings_are_written_back_when_they_are_many() {
     let mut case = Case::new("cluster_size=512", &[], 4 << 20, &[], Sim::default());
+    case.options.l2_cache_bytes = 64 << 10;
     let io = reactor();
     let image = io.block_on(async {
         let image = case.open(&io).await;
