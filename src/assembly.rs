@@ -229,6 +229,7 @@ fn spec(disk: &DiskConfig) -> DiskSpec {
             BackingCache::Writeback => block::CacheMode::Writeback,
         },
         allow_paths: disk.allow_paths.clone(),
+        l2_cache_bytes: disk.l2_cache_size,
         ..DiskSpec::new(source, format)
     }
 }

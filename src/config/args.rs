@@ -38,6 +38,11 @@ pub struct DiskArgs {
     #[arg(long, value_name = "DIR")]
     pub allow_path: Vec<PathBuf>,
 
+    /// Memory for the mappings of a qcow2 image, in bytes or with K, M, G; also of each image below it
+    /// [default: 72M]
+    #[arg(long, value_name = "SIZE")]
+    pub l2_cache_size: Option<String>,
+
     /// Serial number that the guest sees, 1 to 20 characters [default: made from the image's path]
     #[arg(long, value_name = "TEXT")]
     pub serial: Option<String>,

@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use super::args::DiskArgs;
 use super::check::{absolute, invalid, new_file};
 use super::{
-    BackingCache, CacheMode, DEFAULT_MAX_NUM_QUEUES, DEFAULT_QUEUE_SIZE, DEFAULT_SOCKET_MODE,
-    DiskConfig, Error, Format, Host, Key, Listen, MAX_NUM_QUEUES, MAX_QUEUE_SIZE, MAX_SERIAL,
-    PassedSocket, Place, Source, host, parse,
+    BackingCache, CacheMode, DEFAULT_L2_CACHE_SIZE, DEFAULT_MAX_NUM_QUEUES, DEFAULT_QUEUE_SIZE,
+    DEFAULT_SOCKET_MODE, DiskConfig, Error, Format, Host, Key, Listen, MAX_NUM_QUEUES,
+    MAX_QUEUE_SIZE, MAX_SERIAL, MIN_L2_CACHE_SIZE, PassedSocket, Place, Source, host, parse,
 };
 
 /// The longest socket path: `sun_path` of unix(7) less its NUL.
@@ -45,6 +45,7 @@ impl Disk<'_> {
         };
         let source = self.check_source(block_size)?;
         let allow_paths = self.check_layers(&source, format)?;
+        let l2_cache_size = self.check_l2_cache_size()?;
         let serial = match &args.serial {
             Some(serial) => self.check_serial(serial)?,
             None => default_serial(&source, &self.name),
@@ -61,6 +62,7 @@ impl Disk<'_> {
             serial,
             block_size,
             allow_paths,
+            l2_cache_size,
             name: self.name,
         })
     }
@@ -167,7 +169,7 @@ impl Disk<'_> {
                     key,
                     other: format!("{} (the default)", self.place.key("format").with("raw")),
                     instead: format!(
-                        "a raw image has no backing file; leave it out, or write {} if it is one",
+                        "a raw image has no mappings and no backing file; leave it out, or write {} if it is one",
                         self.place.key("format").with("qcow2")
                     ),
                 }),
@@ -211,8 +213,26 @@ impl Disk<'_> {
             Some(self.place.key("backing-cache"))
         } else if !self.args.allow_path.is_empty() {
             Some(self.place.key("allow-path"))
+        } else if self.args.l2_cache_size.is_some() {
+            Some(self.place.key("l2-cache-size"))
         } else {
             None
+        }
+    }
+
+    fn check_l2_cache_size(&self) -> Result<u64, Error> {
+        let Some(text) = &self.args.l2_cache_size else {
+            return Ok(DEFAULT_L2_CACHE_SIZE);
+        };
+        let wrong =
+            |why: &str, instead: &str| invalid(self.place.key("l2-cache-size"), text, why, instead);
+        match parse::size(text) {
+            Ok(size) if size >= MIN_L2_CACHE_SIZE => Ok(size),
+            Ok(_) => Err(wrong(
+                "is too little to work with",
+                "write 64K or more; 72M is enough for 1 TiB in clusters of 64 KiB",
+            )),
+            Err(instead) => Err(wrong("is no size", instead)),
         }
     }
 

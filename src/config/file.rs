@@ -22,6 +22,7 @@ const DISK: &[&str] = &[
     "fd",
     "fd-name",
     "format",
+    "l2-cache-size",
     "name",
     "num-queues",
     "queue-size",

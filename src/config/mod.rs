@@ -44,6 +44,10 @@ pub const DEFAULT_QUEUE_SIZE: u16 = 256;
 pub const DEFAULT_POLL_MAX: Duration = Duration::from_micros(50);
 /// Permissions of a new socket by default: its owner's alone.
 pub const DEFAULT_SOCKET_MODE: u32 = 0o600;
+/// Memory for the mappings of a qcow2 image by default, in bytes: 1 TiB of them in clusters of 64 KiB.
+pub const DEFAULT_L2_CACHE_SIZE: u64 = crate::block::spec::DEFAULT_L2_CACHE;
+/// The least of it.
+pub const MIN_L2_CACHE_SIZE: u64 = 64 << 10;
 /// Length of a serial number, `VIRTIO_BLK_ID_BYTES` of the virtio specification.
 pub const MAX_SERIAL: usize = 20;
 
@@ -95,6 +99,9 @@ pub struct DiskConfig {
     pub cache: CacheMode,
     /// How the read-only files below a qcow2 image are cached by the host.
     pub backing_cache: BackingCache,
+    /// Memory for the mappings of each qcow2 image, in bytes, [`MIN_L2_CACHE_SIZE`] at least. Means nothing
+    /// for a raw image and a null device, and is the default then.
+    pub l2_cache_size: u64,
     /// Most queues the guest may use, 1 to [`MAX_NUM_QUEUES`].
     pub num_queues: u16,
     /// Most entries a queue may have, a power of two from 2 to [`MAX_QUEUE_SIZE`].

@@ -86,6 +86,7 @@ impl fmt::Display for DiskConfig {
                 .map(|p| quoted(p.display()))
                 .collect();
             writeln!(f, "allow-path = [{}]", paths.join(", "))?;
+            writeln!(f, "l2-cache-size = \"{}\"", self.l2_cache_size)?;
         }
         writeln!(f, "num-queues = {}", self.num_queues)?;
         writeln!(f, "queue-size = {}", self.queue_size)?;

@@ -109,6 +109,7 @@ fn the_least_command_line_gets_every_default() {
                 serial: config.disks[0].serial.clone(),
                 block_size: 512,
                 allow_paths: vec![],
+                l2_cache_size: 72 << 20,
             }],
             once: false,
             pid_file: None,
@@ -150,7 +151,7 @@ fn two_readers_may_share_an_image() {
 /// All settings but those that exclude one another, on the command line and in a file.
 const ALL_OPTIONS: &str = "--socket-path @/s --socket-mode 0660 --socket-group root \
     --blk-file @/a.img --format qcow2 --read-only --cache writethrough --backing-cache none \
-    --allow-path @/bases --allow-path @/more --serial 0123-456 --block-size 4096 --num-queues 8 \
+    --allow-path @/bases --allow-path @/more --l2-cache-size 3M --serial 0123-456 --block-size 4096 --num-queues 8 \
     --queue-size 1024 --name root --workers 2 --cpus 3,0-1 --poll adaptive --poll-max-us 7 --once \
     --pid-file @/pid --log-level debug";
 const ALL_KEYS: &str = "
@@ -173,6 +174,7 @@ const ALL_KEYS: &str = "
     cache = 'writethrough'
     backing-cache = 'none'
     allow-path = ['@/bases', '@/more']
+    l2-cache-size = '3072k'
     serial = '0123-456'
     block-size = 4096
     num-queues = 8
@@ -198,6 +200,7 @@ fn a_file_and_a_command_line_mean_the_same() {
         disk.allow_paths,
         [dir.clone(), dir.join("bases"), dir.join("more")]
     );
+    assert_eq!(disk.l2_cache_size, 3 << 20);
     assert_eq!(
         disk.listen,
         Listen::Path {

@@ -74,6 +74,17 @@ fn what_cannot_be_meant_is_refused_with_what_to_write_instead() {
         ),
         ("--backing-cache none", "--backing-cache", "--format qcow2"),
         ("--allow-path @", "--allow-path", "--format qcow2"),
+        ("--l2-cache-size 1M", "--l2-cache-size", "--format qcow2"),
+        (
+            "--format qcow2 --l2-cache-size 63K",
+            "--l2-cache-size",
+            "write 64K or more",
+        ),
+        (
+            "--format qcow2 --l2-cache-size 1,5M",
+            "--l2-cache-size",
+            "write a number of bytes",
+        ),
         (
             "--format qcow2 --allow-path @/nowhere",
             "--allow-path",
