@@ -1,9 +1,11 @@
 //! A disk in use: what requests go to.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::reactor::{Io, Sg};
 
+use super::disk::SECTOR;
 use super::error::{Error, ErrorKind, Result};
 use super::layer::Layer;
 use super::lock::Role;
@@ -38,7 +40,9 @@ impl Drop for Locks {
 pub struct ActiveDisk {
     /// Top first; never empty.
     layers: Vec<Layer>,
-    size: u64,
+    size: AtomicU64,
+    /// Held by who changes the size.
+    resizing: async_lock::Mutex<()>,
     read_only: bool,
     write_through: bool,
     discard: bool,
@@ -49,7 +53,8 @@ impl ActiveDisk {
     pub(super) fn new(layers: Vec<Layer>, locks: Locks, size: u64, spec: &DiskSpec) -> Self {
         Self {
             layers,
-            size,
+            size: AtomicU64::new(size),
+            resizing: async_lock::Mutex::new(()),
             read_only: spec.read_only,
             write_through: spec.cache == CacheMode::Writethrough,
             discard: spec.discard,
@@ -59,7 +64,7 @@ impl ActiveDisk {
 
     /// Bytes of the disk, whole sectors.
     pub fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
     }
 
     /// True if writes are refused.
@@ -74,7 +79,7 @@ impl ActiveDisk {
     #[inline]
     fn check(&self, offset: u64, len: u64) -> Result<()> {
         match offset.checked_add(len) {
-            Some(end) if end <= self.size => Ok(()),
+            Some(end) if end <= self.size() => Ok(()),
             _ => Err(self.refuse(ErrorKind::OutOfRange, offset, "beyond the end of the disk")),
         }
     }
@@ -169,6 +174,35 @@ impl ActiveDisk {
             return Ok(());
         }
         self.top().0.write_back_if_due(io).await
+    }
+
+    /// Changes the disk's size to `size` bytes, whole sectors. What is new reads as zeros; requests that end
+    /// beyond a smaller size are refused from the call on. Not to be called from a request: it waits for those
+    /// that began before. The guest is told of it elsewhere.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfRange`] for a size that cannot be, [`ErrorKind::ReadOnly`],
+    /// [`ErrorKind::Unsupported`] for an image that cannot be resized; those of images and storage. The size
+    /// has not changed then, unless that can not be undone; what is beyond a smaller one may have lost its
+    /// contents.
+    pub async fn resize(&self, io: &Io, size: u64) -> Result<()> {
+        let _one = self.resizing.lock().await;
+        if self.read_only {
+            return Err(self.refuse(ErrorKind::ReadOnly, 0, "the disk is read-only"));
+        }
+        if size == 0 || size % SECTOR != 0 {
+            let what = format!("{size} bytes are no size of a disk; write a multiple of {SECTOR}");
+            return Err(self.refuse(ErrorKind::OutOfRange, 0, &what));
+        }
+        let old = self.size();
+        if size < old {
+            self.size.store(size, Ordering::SeqCst);
+        }
+        let (top, below) = self.top();
+        let resized = top.resize(io, below, size).await;
+        self.size
+            .store(top.size() / SECTOR * SECTOR, Ordering::SeqCst);
+        resized
     }
 
     #[inline]

@@ -1,6 +1,8 @@
 //! A disk: what the user asked for, opened but not yet in use; and its life from there.
 
 #[cfg(test)]
+mod resize_tests;
+#[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod write_tests;

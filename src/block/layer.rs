@@ -1,6 +1,8 @@
 //! One layer of a disk: bytes of its own, or holes through which the layer below is seen.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use crate::reactor::{Io, Sg};
 
@@ -56,13 +58,41 @@ pub enum Layer {
 #[derive(Debug)]
 pub struct Raw {
     storage: Arc<Storage>,
-    size: u64,
+    size: AtomicU64,
 }
 
 impl Raw {
     /// The first `size` bytes of `storage`.
     pub fn new(storage: Arc<Storage>, size: u64) -> Self {
+        let size = AtomicU64::new(size);
         Self { storage, size }
+    }
+}
+
+impl Raw {
+    async fn resize(&self, io: &Io, size: u64) -> Result<()> {
+        let old = self.size.load(Ordering::Acquire);
+        if size < old {
+            self.size.store(size, Ordering::SeqCst);
+            requests_ended(io).await;
+        }
+        let cut = self.storage.set_len(io, size).await;
+        if cut.is_err() {
+            self.size.store(old, Ordering::SeqCst);
+            return cut;
+        }
+        self.storage.flush(io).await?;
+        self.size.store(size, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+/// Waits until every request has ended that began before the call. Not to be called from a request.
+pub(super) async fn requests_ended(io: &Io) {
+    const PAUSE: Duration = Duration::from_micros(100);
+    let epoch = io.epochs().retire();
+    while !io.epochs().passed(epoch) {
+        io.sleep(PAUSE).await;
     }
 }
 
@@ -71,7 +101,7 @@ impl Layer {
     #[inline]
     pub fn size(&self) -> u64 {
         match self {
-            Self::Raw(raw) => raw.size,
+            Self::Raw(raw) => raw.size.load(Ordering::Acquire),
             Self::Qcow2(image) => image.size(),
             #[cfg(test)]
             Self::Made(made) => made.size,
@@ -182,6 +212,23 @@ impl Layer {
         match self {
             Self::Qcow2(image) => image.write_back_if_due(io).await,
             _ => Ok(()),
+        }
+    }
+
+    /// Makes the layer's disk `size` bytes long; what is new reads as zeros. Requests may run; those that
+    /// begin later and end beyond a smaller size are not to come here. Not to be called from a request.
+    ///
+    /// # Errors
+    /// As [`Qcow2::resize`]. The size has not changed then.
+    pub(super) async fn resize(&self, io: &Io, below: &[Layer], size: u64) -> Result<()> {
+        match self {
+            Self::Raw(raw) => raw.resize(io, size).await,
+            Self::Qcow2(image) => {
+                let below_size = below.first().map_or(0, Layer::size);
+                image.resize(io, below, below_size, size).await
+            }
+            #[cfg(test)]
+            Self::Made(_) => Ok(()),
         }
     }
 

@@ -143,6 +143,11 @@ impl Allocator {
         lock(&self.reserved).remove(Run::new(first.0, count));
     }
 
+    /// Ends the reservation of a part of what was reserved.
+    pub(super) fn release_part(&self, first: HostCluster, count: u64) {
+        lock(&self.reserved).cut(Run::new(first.0, count));
+    }
+
     /// What reserved metadata is in these clusters, if any is.
     pub fn is_metadata(&self, first: HostCluster, count: u64) -> Option<&'static str> {
         let clash = lock(&self.reserved).clash(Run::new(first.0, count));

@@ -16,7 +16,7 @@ use crate::reactor::Io;
 
 /// What is to become of whole clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Unmap {
+pub(super) enum Unmap {
     /// Their host clusters are given back.
     Free,
     /// Their host clusters stay reserved.
@@ -104,7 +104,7 @@ impl Qcow2 {
         }
     }
 
-    async fn unmap(
+    pub(super) async fn unmap(
         &self,
         io: &Io,
         first: GuestCluster,
@@ -175,7 +175,7 @@ impl Qcow2 {
     }
 
     /// Makes bytes zero without changing what is mapped, but where something must be mapped for it.
-    async fn zero_bytes<B: Below + ?Sized>(
+    pub(super) async fn zero_bytes<B: Below + ?Sized>(
         &self,
         io: &Io,
         below: &B,

@@ -29,7 +29,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use async_lock::Mutex;
+use async_lock::{Mutex, MutexGuard};
 
 use super::Qcow2;
 use super::alloc::Allocator;
@@ -96,7 +96,17 @@ impl Qcow2 {
         Ok(())
     }
 
-    async fn flush_files(&self, io: &Io) -> Result<()> {
+    /// Flushes, and keeps other flushes away as long as what it returns is held.
+    ///
+    /// # Errors
+    /// As [`Qcow2::flush`].
+    pub(super) async fn flush_and_hold(&self, io: &Io) -> Result<MutexGuard<'_, u64>> {
+        let held = self.flushes.done.lock().await;
+        self.flush_once(io).await?;
+        Ok(held)
+    }
+
+    pub(super) async fn flush_files(&self, io: &Io) -> Result<()> {
         if self.has_data_file() {
             self.data.flush(io).await?;
         }

@@ -34,6 +34,9 @@ pub(super) const MAX_HOST_OFFSET: u64 = 1 << 56;
 
 /// Where the fields that are updated in place stand.
 mod field {
+    pub(super) const SIZE: usize = 24;
+    /// Entries (4 bytes), then the offset.
+    pub(super) const L1: usize = 36;
     pub(super) const REFCOUNT_TABLE: usize = 48;
     pub(super) const INCOMPATIBLE: usize = 72;
     pub(super) const AUTOCLEAR: usize = 88;

@@ -5,11 +5,12 @@
 //! | module | what it does |
 //! | --- | --- |
 //! | [`units`], [`header`], `entry` | the format's numbers, header and table entries |
-//! | `code`, `slice`, `tables` | the L1 table and the cache of L2 slices: lock-free to look at |
+//! | `code`, `slice`, `room`, `tables` | the L1 table and the cache of L2 slices: lock-free to look at |
 //! | `map`, `compressed`, `inflated` | reading: from the guest's offset to where its bytes are |
 //! | `claim`, `write`, `discard` | changing: one claimed run of clusters after another |
 //! | `alloc`, `refill`, `arena`, `limbo` | host clusters: handed out, made ready, freed |
 //! | `reftable`, `refcount` | the refcount table, its blocks and their entries |
+//! | `resize` | another size of the disk |
 //! | [`check`] | counting references, as `qemu-img check` does |
 //! | `flush` | from memory to the file, in the order that survives a power loss |
 
@@ -31,6 +32,8 @@ mod open;
 mod refcount;
 mod refill;
 mod reftable;
+mod resize;
+mod room;
 mod runs;
 mod slice;
 mod tables;
@@ -71,8 +74,10 @@ pub struct Qcow2 {
     has_backing: bool,
     flushes: Flushes,
     inflated: Inflated,
-    /// Held by who makes an L2 table.
+    /// Held by who makes an L2 table, or moves the L1 table.
     new_table: async_lock::Mutex<()>,
+    /// Held by who changes the disk's size.
+    resizing: async_lock::Mutex<()>,
     /// Opened read-only, or found to be corrupt since.
     refuse_writes: AtomicBool,
 }

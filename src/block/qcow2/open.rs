@@ -69,6 +69,7 @@ impl Qcow2 {
             has_backing: options.has_backing,
             flushes: Flushes::default(),
             new_table: async_lock::Mutex::new(()),
+            resizing: async_lock::Mutex::new(()),
             refuse_writes: AtomicBool::new(!write),
         })
     }

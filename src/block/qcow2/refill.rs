@@ -11,6 +11,7 @@ use super::arena::Stock;
 use super::header::MAX_HOST_OFFSET;
 use super::reftable::Budget;
 use super::runs::{Run, merge};
+use super::units::HostCluster;
 use crate::block::error::{Error, ErrorKind, Result};
 use crate::reactor::Io;
 
@@ -33,6 +34,37 @@ struct Claim<'a> {
     runs: Vec<Run>,
     /// Free, and to be marked next.
     found: Vec<Run>,
+}
+
+/// Clusters of [`Allocator::allocate_run`] that no metadata points at yet.
+#[derive(Debug)]
+#[must_use = "dropping it gives the clusters back"]
+pub(super) struct FreshRun<'a> {
+    orphans: &'a Mutex<Vec<Run>>,
+    run: Run,
+}
+
+impl FreshRun<'_> {
+    pub(super) fn first(&self) -> HostCluster {
+        HostCluster(self.run.first)
+    }
+
+    pub(super) fn count(&self) -> u64 {
+        self.run.count
+    }
+
+    /// Takes the clusters over for good.
+    pub(super) fn keep(mut self) {
+        self.run.count = 0;
+    }
+}
+
+impl Drop for FreshRun<'_> {
+    fn drop(&mut self) {
+        if self.run.count > 0 {
+            lock(self.orphans).push(self.run);
+        }
+    }
 }
 
 impl Drop for Claim<'_> {
@@ -109,6 +141,81 @@ impl Allocator {
         claim.runs.clear();
         self.free_old_tables(slow);
         Ok(stock)
+    }
+
+    /// Neighbouring clusters with durable refcount 1, for a table that has to lie in one piece. They may
+    /// hold anything.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`], also for more clusters than one refcount block can count: the clusters
+    /// behind the end of the file may lack their blocks, and a block lies in what it counts. Those of
+    /// reading and writing refcounts. Nothing is lost then.
+    pub(super) async fn allocate_run(&self, io: &Io, count: u64) -> Result<FreshRun<'_>> {
+        let mut slow = self.slow.lock().await;
+        self.free_orphans(io, &mut slow).await?;
+        let mut claim = self.claim();
+        let begin = slow.frontier;
+        let run = self.find_run(io, &mut slow, count).await?;
+        if begin < run.first && !slow.free.add(Run::new(begin, run.first - begin)) {
+            slow.cursor = slow.cursor.min(begin);
+        }
+        slow.maybe_free |= begin < run.first;
+        slow.frontier = run.end();
+        claim.found.push(run);
+        self.take(io, &mut slow, &mut claim).await?;
+        let Some(&run) = claim.runs.first() else {
+            return Err(self.no_space());
+        };
+        let (at, len) = (
+            run.first << self.cluster_bits,
+            run.count << self.cluster_bits,
+        );
+        self.storage.allocate(io, at, len).await?;
+        self.reach(io, at + len).await?;
+        slow.counts.write_dirty(io, &self.storage).await?;
+        slow.counts.sync(io, &self.storage).await?;
+        claim.runs.clear();
+        self.free_old_tables(&mut slow);
+        Ok(FreshRun {
+            orphans: &self.orphans,
+            run,
+        })
+    }
+
+    /// Free clusters behind the frontier, `count` of them in what one refcount block counts, and one more in
+    /// front if that block is missing.
+    async fn find_run(&self, io: &Io, slow: &mut Slow, count: u64) -> Result<Run> {
+        let bits = slow.counts.block_bits();
+        if count >= 1 << bits {
+            let what = format!("{count} clusters in one piece are more than this image can find");
+            let path = self.storage.path();
+            return Err(Error::image(ErrorKind::NoSpace, path, None, what)
+                .hint("qemu-img convert can make an image with larger clusters"));
+        }
+        let mut at = slow.frontier;
+        loop {
+            let index = at >> bits;
+            let end = (index + 1) << bits;
+            if end > MAX_HOST_OFFSET >> self.cluster_bits {
+                return Err(self.no_space());
+            }
+            if slow.counts.covered() < end {
+                self.grow_table(io, slow).await?;
+                at = at.max(slow.frontier);
+                continue;
+            }
+            let wanted = count + u64::from(!slow.counts.has_block(index as usize));
+            let mut budget = UNBOUNDED;
+            let scan = slow
+                .counts
+                .scan(io, &self.storage, at, end, wanted, &mut budget);
+            let (run, next) = scan.await?;
+            match run {
+                Some(run) if run.count == wanted => return Ok(run),
+                Some(_) => at = next,
+                None => at = end,
+            }
+        }
     }
 
     /// Makes the file reach to `end`, where reserving space has not done it: metadata may point at

@@ -137,6 +137,27 @@ impl Reserved {
         }
     }
 
+    /// Forgets these clusters, of whatever ranges they are parts.
+    pub(super) fn cut(&mut self, run: Run) {
+        let before = self.ranges.range(..run.first).next_back();
+        if let Some((&first, &(count, what))) = before {
+            if first + count > run.first {
+                self.ranges.insert(first, (run.first - first, what));
+                self.keep_behind(run, first + count, what);
+            }
+        }
+        while let Some((&first, &(count, what))) = self.ranges.range(run.first..run.end()).next() {
+            self.ranges.remove(&first);
+            self.keep_behind(run, first + count, what);
+        }
+    }
+
+    fn keep_behind(&mut self, run: Run, end: u64, what: &'static str) {
+        if end > run.end() {
+            self.ranges.insert(run.end(), (end - run.end(), what));
+        }
+    }
+
     /// The first reserved cluster of `run` and what it holds.
     pub(super) fn clash(&self, run: Run) -> Option<(u64, &'static str)> {
         let before = self.ranges.range(..=run.first).next_back();
@@ -194,6 +215,32 @@ mod tests {
         assert_eq!(reserved.add(Run::new(4, 2), "x"), Err("L1 table"));
         reserved.remove(Run::new(5, 3));
         assert_eq!(reserved.clash(Run::new(1, 9)), None);
+    }
+
+    #[test]
+    fn a_part_of_reserved_ranges_is_let_go() {
+        let mut reserved = Reserved::default();
+        reserved.add(Run::new(1, 9), "L1 or an L2 table").unwrap();
+        reserved.add(Run::new(10, 1), "L2 table").unwrap();
+        reserved.add(Run::new(12, 5), "L2 table").unwrap();
+        reserved.cut(Run::new(3, 2));
+        assert_eq!(reserved.clash(Run::new(3, 2)), None);
+        assert_eq!(
+            reserved.clash(Run::new(2, 1)),
+            Some((2, "L1 or an L2 table"))
+        );
+        assert_eq!(
+            reserved.clash(Run::new(4, 3)),
+            Some((5, "L1 or an L2 table"))
+        );
+        reserved.cut(Run::new(8, 6));
+        assert_eq!(reserved.clash(Run::new(8, 6)), None);
+        assert_eq!(
+            reserved.clash(Run::new(7, 1)),
+            Some((7, "L1 or an L2 table"))
+        );
+        assert_eq!(reserved.clash(Run::new(8, 90)), Some((14, "L2 table")));
+        assert_eq!(reserved.clash(Run::new(17, 90)), None);
     }
 
     #[test]

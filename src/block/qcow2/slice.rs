@@ -14,13 +14,13 @@
 //! An entry takes four bytes ([`code`]). What does not fit is kept in full in the slice's spill, which is
 //! made when it is first needed. In images with extended L2 entries a slice has its bitmaps, too.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::{NonNull, null_mut, slice_from_raw_parts_mut};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use super::code;
 use super::entry;
+use super::room::Room;
 use super::units::Geometry;
 
 /// In `pins`: unlinked, or about to be.
@@ -407,37 +407,23 @@ impl Drop for Pinned {
 /// something in them is loaded.
 #[derive(Debug)]
 pub(super) struct Directory {
-    words: NonNull<AtomicPtr<Thin>>,
-    len: usize,
+    words: Room<AtomicPtr<Thin>>,
     /// Entries of each slice.
     entries: usize,
 }
 
-// SAFETY: the words are atomic, and slices are Sync.
-unsafe impl Send for Directory {}
-// SAFETY: as above.
-unsafe impl Sync for Directory {}
-
 impl Directory {
     /// Room for `len` slices of one shape; none if there is no memory for that.
     pub(super) fn new(len: u64, shape: Shape) -> Option<Self> {
-        let len = usize::try_from(len).ok()?;
-        let layout = Layout::array::<AtomicPtr<Thin>>(len.max(1)).ok()?;
-        // SAFETY: the layout is not empty. Zeros are null pointers.
-        let words = NonNull::new(unsafe { alloc_zeroed(layout) })?.cast();
-        let entries = shape.entries;
         Some(Self {
-            words,
-            len,
-            entries,
+            words: Room::new(len)?,
+            entries: shape.entries,
         })
     }
 
-    #[inline]
-    fn word(&self, index: u64) -> Option<&AtomicPtr<Thin>> {
-        let index = usize::try_from(index).ok().filter(|i| *i < self.len)?;
-        // SAFETY: `len` words were allocated and zeroed, and live as long as `self`.
-        Some(unsafe { self.words.add(index).as_ref() })
+    /// Slices that there is room for.
+    pub(super) fn len(&self) -> u64 {
+        self.words.len() as u64
     }
 
     /// The slice at a word's address. All in one directory have the same number of entries, so their
@@ -450,7 +436,7 @@ impl Directory {
     /// Looks at a slice, if it is loaded. On a reactor's thread only, in a task or in `block_on`.
     #[inline]
     pub(super) fn with<R>(&self, index: u64, look: impl FnOnce(&Slice) -> R) -> Option<R> {
-        let slice = self.whole(self.word(index)?.load(Ordering::Acquire));
+        let slice = self.whole(self.words.get(index)?.load(Ordering::Acquire));
         // SAFETY: a slice that could be found is freed only after this thread's next quiescent point,
         // and `look` cannot get there: it does not await. It has as many entries as `whole` says: `link`
         // has seen to that.
@@ -476,29 +462,19 @@ impl Directory {
         if slice.codes.len() != self.entries {
             return;
         }
-        if let Some(word) = self.word(slice.index) {
+        if let Some(word) = self.words.get(slice.index) {
             word.store(Box::into_raw(slice).cast::<Thin>(), Ordering::Release);
         }
     }
 
     /// The opposite, for a slice on which [`Slice::begin_evict`] succeeded.
     pub(super) fn unlink(&self, index: u64) -> Option<Box<Slice>> {
-        let slice = self.word(index)?.swap(null_mut(), Ordering::AcqRel);
+        let slice = self.words.get(index)?.swap(null_mut(), Ordering::AcqRel);
         let slice = self.whole(slice);
         // SAFETY: it came from `Box::into_raw` in `link`, of a box with as many entries as `whole` says,
         // and the swap gives it out once. Threads may still look at it: the caller keeps the box until
         // they have passed a quiescent point.
         (!slice.is_null()).then(|| unsafe { Box::from_raw(slice) })
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        // Loaded slices were unlinked by `Tables`.
-        if let Ok(layout) = Layout::array::<AtomicPtr<Thin>>(self.len.max(1)) {
-            // SAFETY: allocated with the same layout.
-            unsafe { dealloc(self.words.as_ptr().cast(), layout) };
-        }
     }
 }
 

@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use super::alloc::Allocator;
 use super::claim::Claims;
 use super::entry;
-use super::header::{Header, MAX_HOST_OFFSET};
+use super::header::{Header, MAX_HOST_OFFSET, MAX_L1_BYTES};
+use super::room::Room;
 use super::slice::{DIRTY, Directory, ORDERED, Pinned, Shape, Slice};
 use super::units::{Geometry, GuestCluster, HostCluster, HostOffset};
 use crate::block::error::{Error, ErrorKind, Result};
@@ -24,6 +25,9 @@ use crate::reactor::{Epoch, Io};
 
 /// L1 entries are written in pieces of this many bytes at most.
 const L1_UNIT: u64 = 4096;
+/// Slices that an image may grow to, if it has not more: 1 PiB in clusters of 64 KiB. They cost addresses,
+/// no memory.
+const MAX_SLICES: u64 = 1 << 25;
 /// Slices that may be in memory whatever the limit.
 const MIN_SLICES: usize = 4;
 
@@ -37,11 +41,14 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(super) struct Tables {
     pub(super) geometry: Geometry,
     version: u32,
-    size: u64,
-    l1: Box<[AtomicU64]>,
-    l1_offset: HostOffset,
-    /// Metadata that stays where it is: header, L1 table, L2 tables that were there when the image was
-    /// opened. In host clusters, ascending, not overlapping.
+    size: AtomicU64,
+    /// With room for the largest table that the image may grow to. Behind the table's end are zeros.
+    l1: Room<AtomicU64>,
+    /// The table in the file: byte offset and entries.
+    l1_offset: AtomicU64,
+    l1_entries: AtomicU64,
+    /// Header, L1 table and L2 tables as they were when the image was opened; what becomes of them in an
+    /// image that is written to, the allocator knows. In host clusters, ascending, not overlapping.
     fixed: Vec<Range<u64>>,
     directory: Directory,
     /// Loaded slices, in the order of the clock; its hand is at the front.
@@ -88,9 +95,8 @@ impl Tables {
         let g = header.geometry;
         let raw = read_l1(io, storage, header).await?;
         let fixed = check_l1(&raw, storage, header, exclusive)?;
-        let slices = header.size.div_ceil(g.cluster_size() << g.slice_bits());
         let shape = Shape::new(&g);
-        let directory = Directory::new(slices, shape).ok_or_else(|| {
+        let (l1, directory) = Self::rooms(header, shape, exclusive).ok_or_else(|| {
             Error::image(
                 ErrorKind::Unsupported,
                 &header.path,
@@ -98,12 +104,18 @@ impl Tables {
                 format!("no memory for the map of a disk of {} bytes", header.size),
             )
         })?;
+        for (index, raw) in (0..).zip(raw) {
+            if let Some(entry) = l1.get(index) {
+                entry.store(raw, Ordering::Relaxed);
+            }
+        }
         Ok(Self {
             geometry: g,
             version: header.version,
-            size: header.size,
-            l1: raw.into_iter().map(AtomicU64::new).collect(),
-            l1_offset: header.l1_offset,
+            size: AtomicU64::new(header.size),
+            l1,
+            l1_offset: AtomicU64::new(header.l1_offset.0),
+            l1_entries: AtomicU64::new(header.l1_entries),
             fixed,
             directory,
             clock: Mutex::default(),
@@ -118,6 +130,26 @@ impl Tables {
             loading: Mutex::default(),
             claims: Claims::default(),
         })
+    }
+
+    /// The L1 table and the directory of slices: as they are needed now, and in an image that may grow with
+    /// room for that, if the system gives the addresses.
+    fn rooms(header: &Header, shape: Shape, grows: bool) -> Option<(Room<AtomicU64>, Directory)> {
+        let g = header.geometry;
+        let slices = header.size.div_ceil(g.cluster_size() << g.slice_bits());
+        if grows {
+            let entries = MAX_L1_BYTES / 8;
+            let most = (entries << (g.l2_bits() - g.slice_bits())).min(MAX_SLICES);
+            let l1 = Room::new(entries);
+            let directory = Directory::new(most.max(slices), shape);
+            if let (Some(l1), Some(directory)) = (l1, directory) {
+                return Some((l1, directory));
+            }
+        }
+        Some((
+            Room::new(header.l1_entries)?,
+            Directory::new(slices, shape)?,
+        ))
     }
 
     // ---- places ----
@@ -139,9 +171,10 @@ impl Tables {
     }
 
     /// The L1 index of a slice.
-    fn l1_index(&self, slice: u64) -> usize {
+    #[inline]
+    fn l1_index(&self, slice: u64) -> u64 {
         let g = self.geometry;
-        (slice >> (g.l2_bits() - g.slice_bits())) as usize
+        slice >> (g.l2_bits() - g.slice_bits())
     }
 
     fn l1_entry(&self, slice: u64) -> u64 {
@@ -247,8 +280,10 @@ impl Tables {
         let inside = |first: HostCluster, count: u64| {
             // The last cluster of a file may be cut off anywhere.
             first.0 << g.cluster_bits <= file_len
-                && !self.is_fixed_metadata(first, count)
-                && alloc.is_none_or(|alloc| alloc.is_metadata(first, count).is_none())
+                && match alloc {
+                    Some(alloc) => alloc.is_metadata(first, count).is_none(),
+                    None => !self.is_fixed_metadata(first, count),
+                }
         };
         match entry::decode(raw, g) {
             entry::Entry::Unallocated | entry::Entry::Zero { host: None, .. } => true,
@@ -301,7 +336,7 @@ impl Tables {
         if let Some(entry) = self.l1.get(index) {
             entry.store(entry::data(table), Ordering::Release);
         }
-        dirty.l1_units.insert(index as u64 / (self.l1_unit() / 8));
+        dirty.l1_units.insert(index / (self.l1_unit() / 8));
         dirty.l1_ordered |= ordered;
         dirty.since.get_or_insert_with(Instant::now);
     }
@@ -350,15 +385,31 @@ impl Tables {
 
     /// A unit of the L1 table as the file has it, and where.
     pub(super) fn encode_l1(&self, unit: u64, to: &mut [u8]) -> HostOffset {
-        let entries = self.l1_unit() / 8;
-        let first = (unit * entries) as usize;
-        for (at, to) in to.chunks_exact_mut(8).enumerate() {
+        self.encode_l1_from(unit * self.l1_unit() / 8, to);
+        HostOffset(self.l1_offset.load(Ordering::Acquire) + unit * self.l1_unit())
+    }
+
+    /// The L1 table from entry `first` on, as the file has it.
+    pub(super) fn encode_l1_from(&self, first: u64, to: &mut [u8]) {
+        for (index, to) in (first..).zip(to.chunks_exact_mut(8)) {
             // The table's last cluster has room behind the last entry: zeros.
-            let raw = self.l1.get(first + at);
+            let raw = self.l1.get(index);
             let raw = raw.map_or(0, |entry| entry.load(Ordering::Acquire));
             to.copy_from_slice(&raw.to_be_bytes());
         }
-        HostOffset(self.l1_offset.0 + unit * self.l1_unit())
+    }
+
+    /// Where the L1 table is in the file, and its entries.
+    pub(super) fn l1_place(&self) -> (HostOffset, u64) {
+        let offset = self.l1_offset.load(Ordering::Acquire);
+        let entries = self.l1_entries.load(Ordering::Acquire);
+        (HostOffset(offset), entries)
+    }
+
+    /// The L1 table was moved in the file. No flush may run, and no L2 table be made.
+    pub(super) fn set_l1_place(&self, offset: HostOffset, entries: u64) {
+        self.l1_offset.store(offset.0, Ordering::Release);
+        self.l1_entries.store(entries, Ordering::Release);
     }
 
     // ---- memory and eviction ----
@@ -413,8 +464,22 @@ impl Tables {
     }
 
     /// Bytes of the virtual disk.
+    #[inline]
     pub(super) fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_size(&self, bytes: u64) {
+        self.size.store(bytes, Ordering::SeqCst);
+    }
+
+    /// Bytes of the largest virtual disk that there is room for, here and in the format.
+    pub(super) fn max_size(&self) -> u64 {
+        let g = self.geometry;
+        let by_l1 = (self.l1.len() as u64).saturating_mul(g.l2_span());
+        let slice = g.cluster_size() << g.slice_bits();
+        let by_directory = self.directory.len().saturating_mul(slice);
+        by_l1.min(by_directory).min(i64::MAX as u64) & !511
     }
 }
 

@@ -17,6 +17,7 @@ mod history;
 mod judge;
 mod memory;
 mod read;
+mod resize;
 mod write;
 
 /// A reactor of its own epoch domain.

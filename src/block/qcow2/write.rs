@@ -420,6 +420,7 @@ impl Qcow2 {
     #[cold]
     pub(super) async fn make_table(&self, io: &Io, slice: u64) -> Result<()> {
         let _one = self.new_table.lock().await;
+        self.check_writes()?;
         if self.tables.slice_offset(slice).is_some() {
             return Ok(());
         }

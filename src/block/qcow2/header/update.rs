@@ -26,6 +26,26 @@ impl Header {
         .await
     }
 
+    /// Changes the disk's size in bytes, and where the L1 table is, all at once. Not durable before a flush.
+    ///
+    /// # Errors
+    /// Those of reading and writing the first sector.
+    pub(in crate::block::qcow2) async fn write_size(
+        &self,
+        io: &Io,
+        storage: &Storage,
+        size: u64,
+        l1_offset: HostOffset,
+        l1_entries: u32,
+    ) -> Result<()> {
+        self.update(io, storage, |sector| {
+            put(sector, field::SIZE, &size.to_be_bytes());
+            put(sector, field::L1, &l1_entries.to_be_bytes());
+            put(sector, field::L1 + 4, &l1_offset.0.to_be_bytes());
+        })
+        .await
+    }
+
     /// Clears the auto-clear bits, as must be before the first write by a program that does not keep
     /// up what they stand for. Not durable before a flush.
     ///
