@@ -187,6 +187,7 @@ impl Slice {
     fn get_special(&self, at: usize, mut code: u32) -> u64 {
         while code == code::SPILLED {
             let raw = self.spill()[at].load(Ordering::Acquire);
+            pause();
             code = self.codes[at].load(Ordering::Acquire);
             if code == code::SPILLED {
                 return raw;
@@ -216,7 +217,9 @@ impl Slice {
             let before = self.changing.load(Ordering::Acquire);
             if before & (CHANGES - 1) != mine {
                 let bitmap = bitmaps[at].load(Ordering::Acquire);
+                pause();
                 let raw = self.get(at);
+                pause();
                 if self.changing.load(Ordering::Acquire) == before {
                     return (raw, bitmap);
                 }
@@ -253,6 +256,7 @@ impl Slice {
         }
         // Both are Release: who sees one of them sees that the pair is being changed, or that it was.
         let taken = self.store(at, raw);
+        pause();
         bitmaps[at].store(bitmap, Ordering::Release);
         self.changing
             .store(count.wrapping_add(CHANGES), Ordering::Release);
@@ -265,6 +269,7 @@ impl Slice {
         if code == code::SPILLED {
             self.spill()[at].store(raw, Ordering::Release);
         }
+        pause();
         self.codes[at].store(code, Ordering::Release);
         match (before, code) {
             (true, code::BAD) => {
@@ -477,6 +482,13 @@ impl Directory {
         (!slice.is_null()).then(|| unsafe { Box::from_raw(slice) })
     }
 }
+
+/// Where another thread may come between, tests have it come.
+#[cfg(not(test))]
+#[inline(always)]
+fn pause() {}
+#[cfg(test)]
+use tests::pause;
 
 #[cfg(test)]
 #[path = "tests/slice.rs"]

@@ -1,11 +1,32 @@
 //! Slices by themselves: what goes in comes out, whoever looks meanwhile.
 
+use std::cell::Cell;
 use std::sync::atomic::AtomicU64;
 use std::thread;
 
 use super::*;
 use crate::block::sim::random;
 use crate::block::spec::{DiskSpec, Format, Source};
+
+thread_local! {
+    /// Chance of a thread that lets others in between its steps.
+    static RACES: Cell<u64> = const { Cell::new(0) };
+}
+
+/// From here on the thread loses its CPU now and then where that could do harm.
+fn let_others_in(seed: u64) {
+    RACES.set(seed * 2 + 1);
+}
+
+pub(super) fn pause() {
+    let mut state = RACES.get();
+    if state != 0 {
+        if random(&mut state) % 4 == 0 {
+            thread::yield_now();
+        }
+        RACES.set(state);
+    }
+}
 
 fn shape(cluster_bits: u8, entries: usize, extended: bool) -> Shape {
     Shape {
@@ -92,15 +113,17 @@ fn any_sequence_of_entries_comes_back_from_memory_and_goes_to_the_file() {
     }
 }
 
-const ROUNDS: u64 = 300_000;
+const ROUNDS: u64 = 30_000;
 
 /// Publishes by `write` the numbers 1 to [`ROUNDS`] while others see by `read` which is there: none before
 /// its time, none after it, and never an older one after a newer.
 fn race(write: impl Fn(u64) + Sync, read: impl Fn() -> u64 + Sync) {
     let (begun, ended) = (AtomicU64::new(0), AtomicU64::new(0));
     thread::scope(|scope| {
-        for _ in 0..3 {
-            scope.spawn(|| {
+        for seed in 0..3 {
+            let (begun, ended, read) = (&begun, &ended, &read);
+            scope.spawn(move || {
+                let_others_in(seed);
                 let mut last = 0;
                 while last < ROUNDS {
                     let oldest = ended.load(Ordering::SeqCst);
@@ -112,6 +135,7 @@ fn race(write: impl Fn(u64) + Sync, read: impl Fn() -> u64 + Sync) {
                 }
             });
         }
+        let_others_in(7);
         for number in 1..=ROUNDS {
             begun.store(number, Ordering::SeqCst);
             write(number);
@@ -187,6 +211,7 @@ fn two_writers_to_one_slice_tear_nothing_even_where_values_come_back() {
         for at in 0..2 {
             let (slice, over) = (&slice, &over);
             scope.spawn(move || {
+                let_others_in(at as u64);
                 while !over.load(Ordering::Relaxed) {
                     let seen = slice.look(at);
                     assert!((0..4).any(|n| pairs(n) == seen), "{seen:x?}");
@@ -197,6 +222,7 @@ fn two_writers_to_one_slice_tear_nothing_even_where_values_come_back() {
             .map(|at| {
                 let slice = &slice;
                 scope.spawn(move || {
+                    let_others_in(at as u64 + 5);
                     for n in 0..ROUNDS {
                         slice.publish_pair(at, pairs(n).0, pairs(n).1);
                     }
