@@ -117,9 +117,12 @@ struct State {
     events: Vec<Event>,
     faults: Vec<Fault>,
     operations: u64,
+    bytes_read: u64,
     /// Changing operations left before the power goes.
     power: Option<u64>,
     dead: bool,
+    /// What would make the storage longer than this finds no space.
+    full_at: Option<u64>,
 }
 
 /// The simulated storage. See the module.
@@ -149,8 +152,10 @@ impl SimStorage {
                 events: Vec::new(),
                 faults: Vec::new(),
                 operations: 0,
+                bytes_read: 0,
                 power: None,
                 dead: false,
+                full_at: None,
             }),
         }
     }
@@ -183,6 +188,11 @@ impl SimStorage {
         self.state().operations
     }
 
+    /// Bytes that reads asked for so far.
+    pub fn bytes_read(&self) -> u64 {
+        self.state().bytes_read
+    }
+
     /// What reads see now.
     pub fn image(&self) -> Vec<u8> {
         self.state().current.clone()
@@ -196,6 +206,11 @@ impl SimStorage {
             errno,
             stays,
         });
+    }
+
+    /// Lets the storage grow to `len` bytes and no more.
+    pub fn full_at(&self, len: u64) {
+        self.state().full_at = Some(len);
     }
 
     /// Forgets all faults that were ordered.
@@ -333,6 +348,10 @@ impl SimStorage {
     async fn change(&self, io: &Io, kind: Kind, event: Event, change: Change) -> Result<()> {
         let offset = change.range(0).start;
         let (begun, without_effect) = self.begin(kind, offset, Some(event));
+        let (end, full_at) = (change.range(0).end, self.state().full_at);
+        if full_at.is_some_and(|full| end > full && change.grows()) {
+            return Err(error(kind, offset, libc::ENOSPC));
+        }
         if without_effect {
             return begun;
         }
@@ -390,6 +409,7 @@ impl SimStorage {
 
     pub(super) async fn read(&self, io: &Io, offset: u64, to: Sg<'_>) -> Result<()> {
         self.begin(Kind::Read, offset, None).0?;
+        self.state().bytes_read += to.len() as u64;
         self.delay(io).await;
         let state = self.state();
         let start = (offset as usize).min(state.current.len());
@@ -499,6 +519,11 @@ impl Change {
             } => (*offset).min(len)..(offset + fill).min(len),
             Self::SetLen(new) => (*new).min(len)..len.max(*new),
         }
+    }
+
+    /// Whether it makes a storage longer that does not reach so far.
+    fn grows(&self) -> bool {
+        !matches!(self, Self::Fill { grows: false, .. })
     }
 
     fn apply(&self, image: &mut Vec<u8>) {

@@ -10,9 +10,11 @@
 //! Refills and everything else that is slow run under one lock (`refill`), never on a request's path
 //! unless its arena is dry.
 
+use std::future::poll_fn;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
 
 use super::arena::{Arena, Stock};
 use super::header::Header;
@@ -41,6 +43,7 @@ pub struct Allocator {
     pub(super) orphans: Mutex<Vec<Run>>,
     pub(super) reserved: Mutex<Reserved>,
     closed: AtomicBool,
+    settles: Settles,
 }
 
 /// What refills, settling and closing work on, one at a time.
@@ -120,6 +123,7 @@ impl Allocator {
             orphans: Mutex::default(),
             reserved: Mutex::new(reserved),
             closed: AtomicBool::new(false),
+            settles: Settles::default(),
         })
     }
 
@@ -266,6 +270,46 @@ impl Allocator {
         self.release(io, runs).await
     }
 
+    /// As [`Allocator::settle`], the slow part as a task of `io`: whoever waits for a flush need not wait
+    /// for holes to be punched. What fails is tried again with a later call.
+    pub fn settle_later(self: &Arc<Self>, io: &Io, mark: Mark) {
+        let epochs: &Epochs = io.epochs();
+        let runs = self.limbo.take(mark, |epoch| epochs.passed(epoch));
+        if runs.is_empty() {
+            return;
+        }
+        lock(&self.settles.0).0 += 1;
+        let mut later = SettleLater {
+            allocator: self.clone(),
+            runs,
+        };
+        let io = io.clone();
+        let _task = io.clone().spawn(async move {
+            let runs = std::mem::take(&mut later.runs);
+            if let Err(error) = later.allocator.release(&io, runs).await {
+                log::warn!("giving freed clusters back: {error}");
+            }
+        });
+    }
+
+    /// Waits until no cluster is on its way out of limbo; false: none was.
+    pub(super) async fn settled(&self) -> bool {
+        let mut waited = false;
+        poll_fn(|cx| {
+            let mut settles = lock(&self.settles.0);
+            if settles.0 == 0 {
+                return Poll::Ready(());
+            }
+            waited = true;
+            if !settles.1.iter().any(|w| w.will_wake(cx.waker())) {
+                settles.1.push(cx.waker().clone());
+            }
+            Poll::Pending
+        })
+        .await;
+        waited
+    }
+
     async fn release(&self, io: &Io, runs: Vec<Run>) -> Result<()> {
         if runs.is_empty() {
             return Ok(());
@@ -381,7 +425,7 @@ impl Allocator {
 
     /// Gives the arenas and what is durably freed back, writes all refcounts, cuts free clusters off
     /// the file's end, and flushes. No request runs, and none comes: [`Allocator::allocate`] fails from
-    /// here on. Waits for refills under way; their reactors must go on turning or be closed. What was
+    /// here on. Waits for refills and settling; their reactors must go on turning or be closed. What was
     /// freed after the last settled flush stays allocated: the metadata on disk may point at it.
     ///
     /// # Errors
@@ -392,6 +436,7 @@ impl Allocator {
             arena.idle().await;
             lock(&self.orphans).append(&mut arena.drain());
         }
+        self.settled().await;
         let settled = self.release(io, self.limbo.take_durable()).await;
         let mut slow = self.slow.lock().await;
         let closed = self.close_refcounts(io, &mut slow).await;
@@ -436,6 +481,29 @@ impl Drop for Refill {
     fn drop(&mut self) {
         let failed = std::mem::replace(&mut self.outcome, Ok(())).err();
         self.allocator.arenas[self.worker].refill_ended(failed);
+    }
+}
+
+/// Tasks that settle: how many there are, and who waits for their end.
+#[derive(Default)]
+struct Settles(Mutex<(usize, Vec<Waker>)>);
+
+/// Runs that a task is going to release; if it is dropped before it began, they go back to limbo.
+struct SettleLater {
+    allocator: Arc<Allocator>,
+    runs: Vec<Run>,
+}
+
+impl Drop for SettleLater {
+    fn drop(&mut self) {
+        self.allocator.limbo.put_back(&mut self.runs);
+        let mut settles = lock(&self.allocator.settles.0);
+        settles.0 -= 1;
+        if settles.0 == 0 {
+            let waiters = std::mem::take(&mut settles.1);
+            drop(settles);
+            waiters.into_iter().for_each(Waker::wake);
+        }
     }
 }
 

@@ -18,7 +18,8 @@
 //! 4. **fdatasync**: mappings, and all data written in place, are durable.
 //! 5. **Settle**: what was freed before the mark is pointed at by nothing in the file, and may go on
 //!    (refcount 0, hole, new use) when the requests that saw the old entries have ended. Earlier, a power
-//!    loss would leave a mapping to a cluster that holds somebody else's data.
+//!    loss would leave a mapping to a cluster that holds somebody else's data. A task does it, after the
+//!    flush has answered.
 //!
 //! If a step fails, everything stays dirty and pinned down, and the next flush does it again.
 //! The slices of a snapshot are pinned until step 4 is over: a slice whose entries are not safely in the
@@ -89,10 +90,8 @@ impl Qcow2 {
         self.flush_files(io).await?;
         snapshot.written = true;
         drop(snapshot);
-        // The guest's data is safe. What does not work here is tried again with the next flush.
-        if let Err(error) = alloc.settle(io, mark).await {
-            log::warn!("giving freed clusters back: {error}");
-        }
+        // The guest's data is safe: it need not wait for the rest.
+        alloc.settle_later(io, mark);
         Ok(())
     }
 

@@ -96,10 +96,21 @@ impl Allocator {
         let mut slow = self.slow.lock().await;
         let mut size = size.max(1);
         loop {
-            match self.attempt(io, &mut slow, size).await {
-                Err(error) if error.kind() == ErrorKind::NoSpace && size > 1 => size /= 2,
-                other => return other,
+            let result = self.attempt(io, &mut slow, size).await;
+            match &result {
+                Err(error) if error.kind() == ErrorKind::NoSpace => {}
+                _ => return result,
             }
+            if size > 1 {
+                size /= 2;
+                continue;
+            }
+            // Clusters may be on their way out of limbo.
+            drop(slow);
+            if !self.settled().await {
+                return result;
+            }
+            slow = self.slow.lock().await;
         }
     }
 
