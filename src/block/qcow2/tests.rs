@@ -13,6 +13,7 @@ mod compressed;
 mod concurrent;
 mod crash;
 mod faults;
+mod fresh;
 mod history;
 mod judge;
 mod memory;

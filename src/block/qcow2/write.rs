@@ -4,7 +4,10 @@
 //!
 //! 1. The new clusters come with refcount 1, durably. A power loss leaks them at worst.
 //! 2. Data, with the rest of the cluster around it, is written *before* the entry is published: readers
-//!    never see a mapping without its data. Until then they, and the file, have the old mapping.
+//!    never see a mapping without its data. Until then they, and the file, have the old mapping. Where the
+//!    old content and the new clusters both are zeros the entry comes first: a mapping without its data
+//!    shows what was there before, to readers and after a power loss, and the next writers to the cluster
+//!    need not wait for this one.
 //! 3. The entry is published, and the slice marked dirty *before* the old cluster is freed. So a flush that
 //!    lets the freed cluster go has the new entry in its snapshot.
 //! 4. What fails before the publication leaves nothing behind: the new clusters go back, the claim ends,
@@ -27,6 +30,9 @@ use super::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
 use crate::block::error::{Error, ErrorKind, Result};
 use crate::block::stack::Window;
 use crate::reactor::{AlignedBuf, Io, Sg};
+
+/// Pieces of a write with what is around it that need no list of their own.
+const FEW: usize = 8;
 
 /// Where a write goes.
 pub(super) enum Target {
@@ -88,8 +94,7 @@ impl Qcow2 {
     ) -> Result<()> {
         let align = self.data.limits().io_align as u64;
         while !rest.is_empty() {
-            let target = self.target(offset, rest.len() as u64);
-            let done = match target {
+            let done = match self.long_target(offset, rest.len() as u64) {
                 Target::InPlace { host, len } if (host.0 | len) & (align - 1) == 0 => {
                     let (part, _) = rest.split_at(len as usize);
                     window.make_room(io).await?;
@@ -177,6 +182,22 @@ impl Qcow2 {
             None if self.tables.slice_offset(place.slice).is_some() => Target::Missing(place.slice),
             None => Target::NoTable(place.slice),
         }
+    }
+
+    /// As [`Qcow2::target`], and where clusters of the next slices lie behind those of the first, one run
+    /// over all of them.
+    fn long_target(&self, offset: u64, len: u64) -> Target {
+        let mut target = self.target(offset, len);
+        while let Target::InPlace { host, len: found } = &mut target {
+            if *found == len {
+                break;
+            }
+            match self.target(offset + *found, len - *found) {
+                Target::InPlace { host: next, len } if next.0 == host.0 + *found => *found += len,
+                _ => break,
+            }
+        }
+        target
     }
 
     /// Does what must be done before a target can be had; then look again. Always 0: bytes written.
@@ -290,12 +311,38 @@ impl Qcow2 {
         from: Sg<'_>,
     ) -> Result<u64> {
         let g = &self.tables.geometry;
-        let skip = g.in_cluster(offset);
         let fresh = self.allocate(io, claim.count() as u64).await?;
+        claim.truncate(fresh.count() as usize);
+        let skip = g.in_cluster(offset);
+        let len = ((fresh.count() << g.cluster_bits) - skip).min(from.len() as u64);
+        let part = from.split_at(len as usize).0;
+        let stays_zero = self.fresh_reads_zero(&fresh)
+            && (0..claim.count()).all(|n| self.reads_zero(claim.get(n)));
+        if stays_zero {
+            // Zeros become zeros: nobody can tell when, so nobody waits for this write.
+            let host = self.publish_fresh(io, claim, fresh, false);
+            self.data.write(io, host.0 + skip, part).await?;
+        } else {
+            self.write_copied(io, below, claim, fresh, offset, part)
+                .await?;
+        }
+        Ok(len)
+    }
+
+    /// Writes `part`, with what was there around it, to new clusters, and publishes them.
+    async fn write_copied<B: Below + ?Sized>(
+        &self,
+        io: &Io,
+        below: &B,
+        claim: Claim<'_>,
+        fresh: Fresh<'_>,
+        offset: u64,
+        part: Sg<'_>,
+    ) -> Result<()> {
+        let g = &self.tables.geometry;
+        let (skip, len) = (g.in_cluster(offset), part.len() as u64);
         let (first, count) = (fresh.first(), fresh.count());
-        claim.truncate(count as usize);
         let end = count << g.cluster_bits;
-        let len = (end - skip).min(from.len() as u64);
         let base = offset - skip;
 
         // What was there before, where the guest's bytes do not cover it.
@@ -335,25 +382,33 @@ impl Qcow2 {
             (before.sg(), after.sg())
         };
         let host = HostOffset(g.host_offset(first).0 + skip - head.len() as u64);
-        let part = from.split_at(len as usize).0;
         self.write_around(io, host, head, part, tail).await?;
+        self.publish_fresh(io, claim, fresh, true);
+        Ok(())
+    }
 
-        let zeros = reads_zero && (0..claim.count()).all(|n| self.reads_zero(claim.get(n)));
-        let ordered = !zeros;
+    /// Replaces the claimed entries by new clusters, ends the claim and frees what was there. Where the
+    /// new clusters begin.
+    fn publish_fresh(
+        &self,
+        io: &Io,
+        claim: Claim<'_>,
+        fresh: Fresh<'_>,
+        ordered: bool,
+    ) -> HostOffset {
+        let g = &self.tables.geometry;
+        let (first, _) = fresh.keep();
         claim.slice().note_order(ordered);
         let mut freed = Freed::default();
         for n in 0..claim.count() {
             freed.note(self, claim.get(n));
-            claim.publish(
-                n,
-                entry::data(g.host_offset(HostCluster(first.0 + n as u64))),
-            );
+            let host = g.host_offset(HostCluster(first.0 + n as u64));
+            claim.publish(n, entry::data(host));
         }
-        fresh.keep();
         self.tables.mark_dirty(claim.slice(), ordered);
         drop(claim);
         freed.free(self, io);
-        Ok(len)
+        g.host_offset(first)
     }
 
     /// One write of `head`, `part` and `tail`, one behind the other.
@@ -368,18 +423,27 @@ impl Qcow2 {
         if head.is_empty() && tail.is_empty() {
             return self.data.write(io, host.0, part).await;
         }
-        let list: Vec<iovec> = head
-            .iter()
-            .chain(part.iter())
-            .chain(tail.iter())
-            .map(|(ptr, len)| iovec {
-                iov_base: ptr.cast(),
-                iov_len: len,
-            })
-            .collect();
+        let pieces = || head.iter().chain(part.iter()).chain(tail.iter());
+        let iovec = |(ptr, len): (*mut u8, usize)| iovec {
+            iov_base: ptr.cast(),
+            iov_len: len,
+        };
+        // Most requests have few pieces; a list of many is the one thing here that is allocated.
+        let mut few = [iovec((std::ptr::null_mut(), 0)); FEW];
+        let many: Vec<iovec>;
+        let count = pieces().take(FEW + 1).count();
+        let list: &[iovec] = if count <= FEW {
+            for (to, piece) in few.iter_mut().zip(pieces()) {
+                *to = iovec(piece);
+            }
+            &few[..count]
+        } else {
+            many = pieces().map(iovec).collect();
+            &many
+        };
         // SAFETY: the pieces come from lists whose memory outlives this call, and nothing else uses the
         // buffers meanwhile.
-        let all = unsafe { Sg::new(&list) };
+        let all = unsafe { Sg::new(list) };
         self.data.write(io, host.0, all).await
     }
 

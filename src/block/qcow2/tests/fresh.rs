@@ -1,0 +1,227 @@
+//! What writes cost that need no copying, and what a flush does not wait for.
+
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
+
+use super::*;
+use crate::block::sim::Event;
+
+const WRITE: Options = Options {
+    read_only: false,
+    ..READ
+};
+
+/// Polls a future by hand until `reached`; it must not end before.
+fn poll_until<F: Future>(io: &Io, mut future: std::pin::Pin<&mut F>, reached: impl Fn() -> bool) {
+    io.block_on(async {
+        while !reached() {
+            let polled = future
+                .as_mut()
+                .poll(&mut Context::from_waker(Waker::noop()));
+            assert!(polled.is_pending(), "it ended before");
+            io.yield_now().await;
+        }
+    });
+}
+
+fn writes(events: Vec<Event>) -> Vec<(u64, u64)> {
+    let of_write = |event| match event {
+        Event::Write { offset, len } => Some((offset, len)),
+        _ => None,
+    };
+    events.into_iter().filter_map(of_write).collect()
+}
+
+#[test]
+fn a_write_to_a_fresh_cluster_does_not_wait_for_another_one_under_way() {
+    let images = Images::new();
+    images.create("a", "cluster_size=64k", 1 << 20);
+    let io = reactor();
+    let config = Sim {
+        delay: 40,
+        ..Sim::default()
+    };
+    let storage = sim(images.bytes("a"), config);
+    let image = io.block_on(open(&io, &storage, WRITE)).expect("open");
+    let sim = the_sim(&storage);
+    let (mut first, mut second) = (io.buf(4096), io.buf(4096));
+    first.fill(1);
+    second.fill(2);
+    // The table and the arena.
+    io.block_on(image.write(&io, &(), 0, first.sg()))
+        .expect("write");
+    {
+        let _pin = io.pin();
+        sim.take_events();
+        let mut slow = pin!(image.write(&io, &(), 65536, first.sg()));
+        let begun = std::cell::RefCell::new(Vec::new());
+        poll_until(&io, slow.as_mut(), || {
+            begun.borrow_mut().extend(writes(sim.take_events()));
+            begun.borrow().iter().any(|(_, len)| *len == 4096)
+        });
+        // The first one's data is on its way, and it is not polled meanwhile.
+        io.block_on(async {
+            let mut back = io.buf(65536);
+            image
+                .write(&io, &(), 65536 + 8192, second.sg())
+                .await
+                .expect("write");
+            read(&io, &image, &(), 65536, back.sg())
+                .await
+                .expect("read");
+            assert!(back[8192..12288].iter().all(|b| *b == 2));
+            assert!(back[4096..8192].iter().all(|b| *b == 0));
+            assert!(back[12288..].iter().all(|b| *b == 0));
+            slow.await.expect("the slow write");
+            read(&io, &image, &(), 65536, back.sg())
+                .await
+                .expect("read");
+            assert!(back[..4096].iter().all(|b| *b == 1));
+        });
+    }
+    io.block_on(image.close(&io)).expect("close");
+    assert_eq!(judge::Judge::new(&sim.image()).check(), 0);
+    io.close();
+}
+
+#[test]
+fn a_failed_write_to_a_fresh_cluster_of_zeros_leaves_zeros() {
+    let images = Images::new();
+    images.create("a", "cluster_size=64k", 1 << 20);
+    let io = reactor();
+    let storage = sim(images.bytes("a"), Sim::default());
+    io.block_on(async {
+        let image = open(&io, &storage, WRITE).await.expect("open");
+        let mut buf = io.buf(4096);
+        buf.fill(1);
+        image.write(&io, &(), 0, buf.sg()).await.expect("write");
+        the_sim(&storage).fail(crate::block::sim::Kind::Write, 1, libc::EIO, false);
+        let failed = image.write(&io, &(), 65536, buf.sg()).await;
+        assert_eq!(failed.expect_err("failed").errno(), Some(libc::EIO));
+        let mut back = io.buf(65536);
+        read(&io, &image, &(), 65536, back.sg())
+            .await
+            .expect("read");
+        assert!(back.iter().all(|b| *b == 0));
+        image.close(&io).await.expect("close");
+    });
+    assert_eq!(judge::Judge::new(&the_sim(&storage).image()).check(), 0);
+    io.close();
+}
+
+#[test]
+fn a_write_over_the_border_of_two_slices_is_one_write_where_the_clusters_are_neighbours() {
+    let images = Images::new();
+    images.create("a", "cluster_size=4k", 8 << 20);
+    let io = reactor();
+    let storage = sim(images.bytes("a"), Sim::default());
+    io.block_on(async {
+        let image = open(&io, &storage, WRITE).await.expect("open");
+        let mut buf = io.buf(1 << 20);
+        buf.fill(1);
+        // The L2 tables, then clusters on both sides of the border at 2 MiB.
+        for at in [0, (4 << 20) - 4096] {
+            let part = buf.sg().slice(0, 4096);
+            image.write(&io, &(), at, part).await.expect("write");
+        }
+        let start = (3 << 20) / 2;
+        image.write(&io, &(), start, buf.sg()).await.expect("write");
+        let border = 2 << 20;
+        let mut hosts = Vec::new();
+        for at in [border - 4096, border] {
+            match image.map(&io, at, 4096).await.expect("map") {
+                Extent::Data { host, .. } => hosts.push(host.0),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(hosts[0] + 4096, hosts[1], "neighbours");
+        the_sim(&storage).take_events();
+        let mut small = io.buf(16384);
+        small.fill(2);
+        image
+            .write(&io, &(), border - 8192, small.sg())
+            .await
+            .expect("write");
+        let written = writes(the_sim(&storage).take_events());
+        assert_eq!(written, [(hosts[0] - 4096, 16384)]);
+        image.close(&io).await.expect("close");
+    });
+    assert_eq!(judge::Judge::new(&the_sim(&storage).image()).check(), 0);
+    io.close();
+}
+
+#[test]
+fn a_flush_answers_before_holes_are_punched_and_a_close_waits_for_them() {
+    let images = Images::new();
+    images.create("a", "cluster_size=4k", 1 << 20);
+    images.qemu_io("a", &["write -P 1 0 256k"]);
+    let io = reactor();
+    let config = Sim {
+        delay: 20,
+        ..Sim::default()
+    };
+    let storage = sim(images.bytes("a"), config);
+    let image = io.block_on(open(&io, &storage, WRITE)).expect("open");
+    let sim = the_sim(&storage);
+    let punched = |events: Vec<Event>| {
+        let holes = events
+            .iter()
+            .filter(|e| matches!(e, Event::Discard { .. }))
+            .count();
+        holes > 0
+    };
+    io.block_on(image.discard(&io, 0, 131_072))
+        .expect("discard");
+    io.block_on(async { io.yield_now().await });
+    sim.take_events();
+    io.block_on(image.flush(&io)).expect("flush");
+    assert!(!punched(sim.take_events()));
+    io.block_on(async {
+        for _ in 0..100 {
+            io.yield_now().await;
+        }
+    });
+    assert!(punched(sim.take_events()));
+    // With the task still to begin.
+    io.block_on(image.discard(&io, 131_072, 131_072))
+        .expect("discard");
+    io.block_on(async { io.yield_now().await });
+    io.block_on(image.flush(&io)).expect("flush");
+    io.block_on(image.close(&io)).expect("close");
+    assert!(punched(sim.take_events()));
+    assert_eq!(judge::Judge::new(&sim.image()).check(), 0, "given back");
+    io.close();
+}
+
+#[test]
+fn space_on_its_way_out_of_limbo_is_waited_for_when_there_is_no_other() {
+    let images = Images::new();
+    images.create("a", "cluster_size=4k", 1 << 20);
+    images.qemu_io("a", &["write -P 1 0 256k"]);
+    let io = reactor();
+    let storage = sim(images.bytes("a"), Sim::default());
+    let sim = the_sim(&storage);
+    io.block_on(async {
+        let image = open(&io, &storage, WRITE).await.expect("open");
+        image.discard(&io, 0, 131_072).await.expect("discard");
+        io.yield_now().await;
+        image.flush(&io).await.expect("flush");
+        let alloc = image.alloc.clone().expect("writable");
+        let mut settled = pin!(alloc.settled());
+        let polled = settled
+            .as_mut()
+            .poll(&mut Context::from_waker(Waker::noop()));
+        assert_eq!(polled, Poll::Pending, "the task has not begun");
+        // The file does not grow any more: what was freed inside it is all there is.
+        sim.full_at(sim.image().len() as u64);
+        let mut buf = io.buf(4096);
+        buf.fill(2);
+        image
+            .write(&io, &(), 524_288, buf.sg())
+            .await
+            .expect("write");
+        image.close(&io).await.expect("close");
+    });
+    assert_eq!(judge::Judge::new(&sim.image()).check(), 0);
+    io.close();
+}
