@@ -72,6 +72,20 @@ impl ActiveDisk {
         self.read_only
     }
 
+    /// Has copying that was put off done by tasks, where it gets much.
+    pub(super) fn fill_ahead_by_tasks(self: &Arc<Self>) {
+        let disk = Arc::downgrade(self);
+        self.layers[0].when_scarce(move |io| {
+            if let Some(disk) = disk.upgrade() {
+                let task_io = io.clone();
+                let _task = io.spawn(async move {
+                    let (top, below) = disk.top();
+                    top.fill_ahead(&task_io, below).await;
+                });
+            }
+        });
+    }
+
     fn top(&self) -> (&Layer, &[Layer]) {
         (&self.layers[0], &self.layers[1..])
     }
@@ -160,7 +174,8 @@ impl ActiveDisk {
         if self.read_only {
             return Ok(());
         }
-        self.top().0.flush(io).await
+        let (top, below) = self.top();
+        top.flush(io, below).await
     }
 
     /// Writes metadata back that has waited for long, or is much. To be called once a second or so, from
@@ -173,7 +188,8 @@ impl ActiveDisk {
         if self.read_only {
             return Ok(());
         }
-        self.top().0.write_back_if_due(io).await
+        let (top, below) = self.top();
+        top.write_back_if_due(io, below).await
     }
 
     /// Changes the disk's size to `size` bytes, whole sectors. What is new reads as zeros; requests that end
@@ -208,7 +224,8 @@ impl ActiveDisk {
     #[inline]
     async fn written(&self, io: &Io) -> Result<()> {
         if self.write_through {
-            return self.top().0.flush(io).await;
+            let (top, below) = self.top();
+            return top.flush(io, below).await;
         }
         Ok(())
     }
@@ -221,7 +238,7 @@ impl ActiveDisk {
     pub async fn deactivate(self: Arc<Self>, io: &Io) -> Result<()> {
         let closed = match self.read_only {
             true => Ok(()),
-            false => self.top().0.close(io).await,
+            false => self.layers[0].close(io, &self.layers[1..]).await,
         };
         self.locks.release();
         closed

@@ -180,7 +180,9 @@ impl Disk {
             layers.push(layer);
         }
         let size = whole_sectors(&layers[0])?;
-        Ok(Arc::new(ActiveDisk::new(layers, locks, size, &self.spec)))
+        let disk = Arc::new(ActiveDisk::new(layers, locks, size, &self.spec));
+        disk.fill_ahead_by_tasks();
+        Ok(disk)
     }
 }
 

@@ -198,19 +198,19 @@ impl Layer {
     }
 
     /// Makes durable what was completed before.
-    pub(super) async fn flush(&self, io: &Io) -> Result<()> {
+    pub(super) async fn flush(&self, io: &Io, below: &[Layer]) -> Result<()> {
         match self {
             Self::Raw(raw) => raw.storage.flush(io).await,
-            Self::Qcow2(image) => image.flush(io).await,
+            Self::Qcow2(image) => image.flush(io, below).await,
             #[cfg(test)]
             Self::Made(_) => Ok(()),
         }
     }
 
     /// Writes metadata back that has waited for long, or is much.
-    pub(super) async fn write_back_if_due(&self, io: &Io) -> Result<()> {
+    pub(super) async fn write_back_if_due(&self, io: &Io, below: &[Layer]) -> Result<()> {
         match self {
-            Self::Qcow2(image) => image.write_back_if_due(io).await,
+            Self::Qcow2(image) => image.write_back_if_due(io, below).await,
             _ => Ok(()),
         }
     }
@@ -232,11 +232,25 @@ impl Layer {
         }
     }
 
+    /// Says what to call when it is time for [`Layer::fill_ahead`].
+    pub(super) fn when_scarce(&self, ahead: impl Fn(&Io) + Send + Sync + 'static) {
+        if let Self::Qcow2(image) = self {
+            image.when_scarce(ahead);
+        }
+    }
+
+    /// Does some copying that was put off.
+    pub(super) async fn fill_ahead(&self, io: &Io, below: &[Layer]) {
+        if let Self::Qcow2(image) = self {
+            image.fill_ahead(io, below).await;
+        }
+    }
+
     /// Ends the use of the layer, everything durable and reserved space given back.
-    pub(super) async fn close(&self, io: &Io) -> Result<()> {
+    pub(super) async fn close(&self, io: &Io, below: &[Layer]) -> Result<()> {
         match self {
             Self::Raw(raw) => raw.storage.flush(io).await,
-            Self::Qcow2(image) => image.close(io).await,
+            Self::Qcow2(image) => image.close(io, below).await,
             #[cfg(test)]
             Self::Made(_) => Ok(()),
         }

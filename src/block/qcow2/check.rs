@@ -236,7 +236,10 @@ impl Checker<'_> {
                         self.copied(place, raw, host.0).await?;
                     }
                 }
-                Entry::Unallocated | Entry::Zero { host: None, .. } | Entry::Bad => {}
+                Entry::Unallocated
+                | Entry::Zero { host: None, .. }
+                | Entry::Incomplete(_)
+                | Entry::Bad => {}
             }
         }
         Ok(())

@@ -99,6 +99,9 @@ impl Qcow2 {
             (Entry::Unallocated, _) => self.has_backing.then_some(zero),
             (Entry::Zero { host: None, .. }, _) | (Entry::Bad, _) => None,
             (Entry::Zero { .. }, Unmap::Keep) => None,
+            (Entry::Incomplete(index), Unmap::Keep) => {
+                Some(entry::data(self.records.host(index)) | zero)
+            }
             (Entry::Data { copied: true, .. }, Unmap::Keep) => Some(raw | zero),
             _ => Some(zero),
         }
@@ -152,6 +155,14 @@ impl Qcow2 {
             }
             Attempt::Unwanted | Attempt::Missing => return 0,
         };
+        // Who writes to an incomplete cluster ends that before its clusters go.
+        let mut closed = Vec::new();
+        for n in 0..claim.count() {
+            if let Some(index) = entry::incomplete_index(claim.get(n)) {
+                closed.push((n, self.records.close(index).await));
+            }
+        }
+        let mut closed = closed.into_iter().peekable();
         let mut freed = Freed::default();
         for n in 0..claim.count() {
             let old = claim.get(n);
@@ -160,10 +171,16 @@ impl Qcow2 {
                     decode(new, &self.tables.geometry),
                     Entry::Zero { host: Some(_), .. }
                 );
+                let record = closed.next_if(|(at, _)| *at == n);
+                let host = record.as_ref().map(|(_, r)| entry::data(r.host()));
                 if !kept {
-                    freed.note(self, old);
+                    freed.note(self, host.unwrap_or(old));
                 }
                 claim.publish(n, new);
+                if let Some((_, record)) = record {
+                    freed.note(self, record.old());
+                    record.retire(io);
+                }
             }
         }
         // A mapping to zeros needs no data to be durable first.
@@ -193,10 +210,14 @@ impl Qcow2 {
                     self.data.write_zeroes(io, host.0, len, false).await?;
                     len
                 }
-                Target::Claim => {
+                target @ (Target::Claim | Target::Incomplete) => {
                     let mut zeros = io.buf((end - offset).min(ZERO_PIECE) as usize);
                     zeros.fill(0);
-                    self.write_new(io, below, offset, zeros.sg()).await?
+                    if let Target::Claim = target {
+                        self.write_new(io, below, offset, zeros.sg()).await?
+                    } else {
+                        self.write_incomplete(io, below, offset, zeros.sg()).await?
+                    }
                 }
                 other => self.prepare(io, other).await?,
             };

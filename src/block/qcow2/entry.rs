@@ -15,8 +15,8 @@ pub(super) const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// In memory, for an entry that must not be used. No valid entry has both bits; what the file really
 /// says is kept beside the slice.
 pub(super) const BAD: u64 = COPIED | COMPRESSED;
-/// In memory, with the number of an incomplete cluster in bits 9 to 32 ([`incomplete`]): its mapping is
-/// kept elsewhere while a part of its data is missing. No valid entry has all these bits.
+/// In memory, with the number of an incomplete cluster's record in bits 9 to 32 ([`incomplete`]): see
+/// `record`. No valid entry has all these bits.
 pub(super) const INCOMPLETE: u64 = COPIED | COMPRESSED | 1 << 1;
 /// The largest number of an incomplete cluster.
 pub(super) const MAX_INCOMPLETE: u32 = (1 << 24) - 1;
@@ -37,6 +37,8 @@ pub(super) enum Entry {
     Data { host: HostOffset, copied: bool },
     /// Deflated data.
     Compressed(Compressed),
+    /// Some of it is in a new cluster; the record of this number knows.
+    Incomplete(u32),
     /// Not to be used.
     Bad,
 }
@@ -75,6 +77,7 @@ pub(super) fn incomplete_index(raw: u64) -> Option<u32> {
 }
 
 /// True for what an entry can be in memory only: [`BAD`], and incomplete clusters.
+#[cfg(test)]
 pub(super) fn is_marker(raw: u64) -> bool {
     raw & BAD == BAD
 }
@@ -84,7 +87,7 @@ pub(super) fn is_marker(raw: u64) -> bool {
 pub(super) fn decode(raw: u64, g: &Geometry) -> Entry {
     if raw & COMPRESSED != 0 {
         if raw & COPIED != 0 {
-            return Entry::Bad;
+            return incomplete_index(raw).map_or(Entry::Bad, Entry::Incomplete);
         }
         // Bits 0 to x-1 are the offset, x to 61 the number of further sectors.
         let x = 62 - (g.cluster_bits - 8);
@@ -185,6 +188,17 @@ mod tests {
             bytes: 0x200,
         };
         assert_eq!(crossing.clusters(&G), (HostCluster(1), 2));
+    }
+
+    #[test]
+    fn markers_of_incomplete_clusters_are_never_taken_from_a_file() {
+        for index in [0, 1, 0x1234, u32::MAX] {
+            let raw = incomplete(index);
+            assert_eq!(decode(raw, &G), Entry::Incomplete(index));
+            assert!(!is_well_formed(raw, &G, 3));
+        }
+        assert_eq!(decode(BAD, &G), Entry::Bad);
+        assert_eq!(incomplete_index(data(HostOffset(0x50000))), None);
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //!
 //! A flush does this, and the tests in `tests/crash.rs` break when a step moves:
 //!
+//! 0. **Complete** the clusters that are incomplete (`fill`). Those that become so meanwhile have their old
+//!    entry in the snapshot.
 //! 1. **Mark the limbo, then snapshot**: take all that is dirty, and copy the entries. A cluster that was
 //!    freed before the mark had its entry replaced and marked dirty before that, so the snapshot unmaps it.
 //! 2. **fdatasync of data** *before* any mapping of the snapshot is written, if one of them is `ordered`.
@@ -34,6 +36,8 @@ use async_lock::{Mutex, MutexGuard};
 
 use super::Qcow2;
 use super::alloc::Allocator;
+use super::below::Below;
+use super::record::Records;
 use super::slice::{ORDERED, Pinned};
 use super::tables::Tables;
 use crate::block::error::Result;
@@ -57,11 +61,12 @@ pub(super) struct Flushes {
 }
 
 impl Qcow2 {
-    /// Makes everything durable that was completed before the call.
+    /// Makes everything durable that was completed before the call. `below` shows what unallocated clusters
+    /// show.
     ///
     /// # Errors
     /// Those of the storage. Nothing is forgotten then: the next flush tries again.
-    pub async fn flush(&self, io: &Io) -> Result<()> {
+    pub async fn flush<B: Below + ?Sized>(&self, io: &Io, below: &B) -> Result<()> {
         if self.alloc.is_none() {
             return Ok(());
         }
@@ -72,16 +77,29 @@ impl Qcow2 {
         }
         // Whoever has a ticket by now completed its writes before this flush's snapshot.
         let covers = self.flushes.asked.load(Ordering::SeqCst);
+        self.fill_older(io, below, Duration::ZERO).await?;
         self.flush_once(io).await?;
         *done = covers;
         Ok(())
+    }
+
+    /// Writes metadata back to make room for more of it, as it is: without completing clusters.
+    ///
+    /// # Errors
+    /// As [`Qcow2::flush`].
+    pub(super) async fn write_back(&self, io: &Io) -> Result<()> {
+        if self.alloc.is_none() {
+            return Ok(());
+        }
+        let _one = self.flushes.done.lock().await;
+        self.flush_once(io).await
     }
 
     async fn flush_once(&self, io: &Io) -> Result<()> {
         let alloc = self.allocator()?;
         let mark = alloc.mark();
         let mut snapshot = Snapshot::take(&self.tables);
-        snapshot.copy(io);
+        snapshot.copy(io, &self.records);
         if snapshot.ordered {
             self.flush_files(io).await?;
         }
@@ -118,7 +136,7 @@ impl Qcow2 {
     pub(super) fn would_order(&self, io: &Io, between: impl FnOnce()) -> bool {
         let mut snapshot = Snapshot::take(&self.tables);
         between();
-        snapshot.copy(io);
+        snapshot.copy(io, &self.records);
         snapshot.ordered
     }
 
@@ -128,13 +146,28 @@ impl Qcow2 {
     ///
     /// # Errors
     /// As [`Qcow2::flush`].
-    pub async fn write_back_if_due(&self, io: &Io) -> Result<()> {
+    pub async fn write_back_if_due<B: Below + ?Sized>(&self, io: &Io, below: &B) -> Result<()> {
+        self.write_back_older(io, below, MAX_AGE).await
+    }
+
+    /// The same, with what is to be called old.
+    pub(super) async fn write_back_older<B: Below + ?Sized>(
+        &self,
+        io: &Io,
+        below: &B,
+        old: Duration,
+    ) -> Result<()> {
         let (slices, age) = self.tables.dirty();
         let forgotten = |alloc: &Arc<Allocator>| age.is_none() && alloc.in_limbo() > 0;
         let due = slices >= self.tables.write_back_threshold()
-            || age.is_some_and(|age| age >= MAX_AGE)
+            || age.is_some_and(|age| age >= old)
+            || self.records.is_due(old)
             || self.alloc.as_ref().is_some_and(forgotten);
-        if due { self.flush(io).await } else { Ok(()) }
+        if due {
+            self.flush(io, below).await
+        } else {
+            Ok(())
+        }
     }
 
     /// Flushes, and gives back what was reserved. No request may run, and none may come. The file is then
@@ -142,11 +175,12 @@ impl Qcow2 {
     ///
     /// # Errors
     /// As [`Qcow2::flush`]; the image is consistent all the same, but may have leaked clusters.
-    pub async fn close(&self, io: &Io) -> Result<()> {
+    pub async fn close<B: Below + ?Sized>(&self, io: &Io, below: &B) -> Result<()> {
         let Some(alloc) = &self.alloc else {
             return Ok(());
         };
-        let flushed = self.flush(io).await;
+        self.end_fill_ahead().await;
+        let flushed = self.flush(io, below).await;
         // Also after an error: arenas must be stopped, and the more is given back the better.
         let closed = alloc.close(io).await;
         flushed.and(closed)
@@ -196,7 +230,7 @@ impl<'a> Snapshot<'a> {
     }
 
     /// Copies the entries as they are now, and finds out whether their data must be durable first.
-    fn copy(&mut self, io: &Io) {
+    fn copy(&mut self, io: &Io, records: &Records) {
         let tables = self.tables;
         let bytes = tables.geometry.slice_bytes() as usize;
         let most = (MAX_WRITE / bytes).max(1);
@@ -209,7 +243,8 @@ impl<'a> Snapshot<'a> {
             let mut buf = io.buf(run.len() * bytes);
             for (place, to) in run.iter().zip(buf.chunks_exact_mut(bytes)) {
                 let slice = &self.slices[place.1].0;
-                slice.encode(to);
+                // A record that is seen in the slice can be looked at here: there is no await between.
+                slice.encode(to, |index| records.old(index));
                 // A writer may be between publishing and marking: what was copied counts, not what was
                 // marked when the flags were taken.
                 self.ordered |= slice.is_ordered();

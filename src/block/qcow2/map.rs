@@ -92,7 +92,7 @@ impl Qcow2 {
             .await?;
         if self.tables.is_crowded() {
             // An error here is for the flush that the guest asks for: nothing is lost, only crowded.
-            if let Err(error) = self.flush(io).await {
+            if let Err(error) = self.write_back(io).await {
                 log::warn!("writing back metadata: {error}");
             }
         }
@@ -149,6 +149,9 @@ impl Qcow2 {
                     skip,
                     len: (g.cluster_size() - skip).min(len),
                 },
+                Entry::Incomplete(index) => {
+                    return self.lookup_incomplete(cluster, index, skip, len);
+                }
                 Entry::Bad => return Found::Bad(cluster),
             })
         });
@@ -177,7 +180,7 @@ impl Qcow2 {
         })
     }
 
-    fn unallocated(&self, len: u64) -> Extent {
+    pub(super) fn unallocated(&self, len: u64) -> Extent {
         if self.has_backing {
             Extent::Backing { len }
         } else {

@@ -8,6 +8,7 @@
 //! | `code`, `slice`, `room`, `tables` | the L1 table and the cache of L2 slices: lock-free to look at |
 //! | `map`, `compressed`, `inflated` | reading: from the guest's offset to where its bytes are |
 //! | `claim`, `write`, `discard` | changing: one claimed run of clusters after another |
+//! | `cow`, `record`, `fill` | copy-on-write, put off until it must be done |
 //! | `alloc`, `refill`, `arena`, `limbo` | host clusters: handed out, made ready, freed |
 //! | `reftable`, `refcount` | the refcount table, its blocks and their entries |
 //! | `resize` | another size of the disk |
@@ -21,14 +22,17 @@ pub mod check;
 mod claim;
 mod code;
 mod compressed;
+mod cow;
 mod discard;
 mod entry;
+mod fill;
 mod flush;
 pub mod header;
 mod inflated;
 mod limbo;
 mod map;
 mod open;
+mod record;
 mod refcount;
 mod refill;
 mod reftable;
@@ -57,6 +61,7 @@ pub use units::{Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset};
 use super::storage::Storage;
 use flush::Flushes;
 use inflated::Inflated;
+use record::Records;
 use tables::Tables;
 
 /// An open image. Requests run on any thread's [`crate::reactor::Io`] of one epoch domain at the same time;
@@ -68,6 +73,8 @@ pub struct Qcow2 {
     /// Where guest data lies: the image file, as it is or deciphered, or an external data file.
     data: Arc<Storage>,
     header: Header,
+    /// Incomplete clusters. They keep slices in memory: dropped before the tables.
+    records: Records,
     tables: Tables,
     /// None: opened read-only.
     alloc: Option<Arc<Allocator>>,

@@ -8,6 +8,7 @@ use super::alloc::Allocator;
 use super::flush::Flushes;
 use super::header::Header;
 use super::inflated::Inflated;
+use super::record::Records;
 use super::tables::Tables;
 use super::units::HostCluster;
 use crate::block::error::Result;
@@ -59,8 +60,10 @@ impl Qcow2 {
                 storage.flush(io).await?;
             }
         }
+        let slices = if write { tables.limit() } else { 0 };
         Ok(Self {
             inflated: Inflated::new(&header.geometry),
+            records: Records::new(&header.geometry, slices),
             data: storage.clone(),
             storage,
             header,

@@ -13,6 +13,8 @@
 //!
 //! What is refused is what QEMU refuses (`qcow2_co_truncate`), and what is not kept up here.
 
+use std::time::Duration;
+
 use super::Qcow2;
 use super::below::Below;
 use super::claim::Attempt;
@@ -147,7 +149,7 @@ impl Qcow2 {
                 }
             }
         }
-        self.flush(io).await?;
+        self.flush(io, below).await?;
         let written = self.write_size(io, old, size).await;
         written.map_err(|(error, _)| error)?;
         self.tables.set_size(size);
@@ -158,6 +160,8 @@ impl Qcow2 {
     async fn cut<B: Below + ?Sized>(&self, io: &Io, below: &B, size: u64, old: u64) -> Result<()> {
         let g = &self.tables.geometry;
         requests_ended(io).await;
+        // No cluster beyond the new end is incomplete from here on.
+        self.fill_older(io, below, Duration::ZERO).await?;
         {
             let _pin = io.pin();
             let edge = size.next_multiple_of(g.cluster_size());
@@ -166,7 +170,7 @@ impl Qcow2 {
             let (first, end) = (GuestCluster(first), GuestCluster(end));
             self.unallocate(io, first, end, self.gone()).await?;
         }
-        self.flush(io).await
+        self.flush(io, below).await
     }
 
     /// What the entry and the bitmap of a mapping become that is taken out of a disk which still has its old

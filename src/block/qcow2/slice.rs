@@ -321,8 +321,8 @@ impl Slice {
     }
 
     /// Copies the entries as the file has them, big-endian. A bad entry is what it was when the slice was
-    /// loaded; other markers, which the file does not know, are unallocated.
-    pub(super) fn encode(&self, to: &mut [u8]) {
+    /// loaded; an incomplete cluster, which the file does not know, has its `old` entry.
+    pub(super) fn encode(&self, to: &mut [u8], old: impl Fn(u32) -> u64) {
         let bytes = if self.bitmaps.is_some() { 16 } else { 8 };
         for (at, to) in to
             .chunks_exact_mut(bytes)
@@ -333,8 +333,8 @@ impl Slice {
             if raw == entry::BAD {
                 let spill = self.spill.get();
                 raw = spill.map_or(0, |spill| spill[at].load(Ordering::Acquire));
-            } else if entry::is_marker(raw) {
-                raw = 0;
+            } else if let Some(index) = entry::incomplete_index(raw) {
+                raw = old(index);
             }
             let (entry, extension) = to.split_at_mut(8);
             entry.copy_from_slice(&raw.to_be_bytes());

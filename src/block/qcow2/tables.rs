@@ -295,7 +295,7 @@ impl Tables {
                 let (first, count) = c.clusters(g);
                 c.offset.0 < file_len && c.offset.0 < MAX_HOST_OFFSET && inside(first, count)
             }
-            entry::Entry::Bad => false,
+            entry::Entry::Incomplete(_) | entry::Entry::Bad => false,
         }
     }
 
@@ -373,9 +373,14 @@ impl Tables {
             && lock(&self.dirty).slices.len() > self.loaded.load(Ordering::Relaxed) / 2
     }
 
+    /// Slices that may be in memory.
+    pub(super) fn limit(&self) -> usize {
+        self.limit / self.shape.bytes()
+    }
+
     /// Dirty slices at which they are to be written without being asked.
     pub(super) fn write_back_threshold(&self) -> usize {
-        (self.limit / self.shape.bytes() / 4).clamp(2, 256)
+        (self.limit() / 4).clamp(2, 256)
     }
 
     /// Bytes of the L1 table that are written at once.

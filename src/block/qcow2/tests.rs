@@ -11,6 +11,7 @@ use crate::reactor::{Epochs, Io, IoConfig, Sg};
 
 mod compressed;
 mod concurrent;
+mod cow;
 mod crash;
 mod faults;
 mod fresh;

@@ -13,6 +13,9 @@
 //! 4. What fails before the publication leaves nothing behind: the new clusters go back, the claim ends,
 //!    the old mapping stands.
 //!
+//! Where only a part of a cluster is written and the rest must be copied, the copying is put off (`cow`); it
+//! is done at once where it can not be.
+//!
 //! When the mapping may go to the file is `flush`'s business. It is told (`ordered`) if the file's
 //! mapping may not come before the data: always, but where old content and new cluster both are zeros.
 
@@ -40,6 +43,8 @@ pub(super) enum Target {
     InPlace { host: HostOffset, len: u64 },
     /// To new clusters, or to reserved ones that read as zeros.
     Claim,
+    /// To a cluster that is incomplete.
+    Incomplete,
     /// The slice of this number is needed first.
     Missing(u64),
     /// The slice of this number has no L2 table yet.
@@ -111,6 +116,9 @@ impl Qcow2 {
                     window.finish_all(io).await?;
                     match other {
                         Target::Claim => self.write_new(io, below, offset, rest).await?,
+                        Target::Incomplete => {
+                            self.write_incomplete(io, below, offset, rest).await?
+                        }
                         other => self.prepare(io, other).await?,
                     }
                 }
@@ -159,6 +167,7 @@ impl Qcow2 {
             let Entry::Data { host, copied: true } = decode(slice.get(place.at), g) else {
                 return match decode(slice.get(place.at), g) {
                     Entry::Bad => Target::Bad(cluster),
+                    Entry::Incomplete(_) => Target::Incomplete,
                     _ => Target::Claim,
                 };
             };
@@ -207,7 +216,7 @@ impl Qcow2 {
             Target::Missing(slice) => self.load(io, slice).await?,
             Target::NoTable(slice) => self.make_table(io, slice).await?,
             Target::Bad(cluster) => return Err(self.bad_entry(cluster)),
-            Target::InPlace { .. } | Target::Claim => {}
+            Target::InPlace { .. } | Target::Claim | Target::Incomplete => {}
         }
         Ok(0)
     }
@@ -229,7 +238,10 @@ impl Qcow2 {
             let entry = decode(raw, g);
             if n == 0 {
                 first.set(entry);
-                return !matches!(entry, Entry::Bad | Entry::Data { copied: true, .. });
+                return !matches!(
+                    entry,
+                    Entry::Bad | Entry::Incomplete(_) | Entry::Data { copied: true, .. }
+                );
             }
             match first.get() {
                 // Reserved clusters are used as they are, as far as they lie in a row.
@@ -246,6 +258,7 @@ impl Qcow2 {
                 _ => !matches!(
                     entry,
                     Entry::Bad
+                        | Entry::Incomplete(_)
                         | Entry::Data { copied: true, .. }
                         | Entry::Zero {
                             host: Some(_),
@@ -322,6 +335,9 @@ impl Qcow2 {
             // Zeros become zeros: nobody can tell when, so nobody waits for this write.
             let host = self.publish_fresh(io, claim, fresh, false);
             self.data.write(io, host.0 + skip, part).await?;
+        } else if let Some(ends) = self.make_records(io, &claim, &fresh, offset, len) {
+            self.write_incomplete_ends(io, claim, fresh, offset, part, ends)
+                .await?;
         } else {
             self.write_copied(io, below, claim, fresh, offset, part)
                 .await?;
@@ -452,12 +468,12 @@ impl Qcow2 {
         match decode(raw, &self.tables.geometry) {
             Entry::Unallocated => !self.has_backing,
             Entry::Zero { .. } => true,
-            Entry::Data { .. } | Entry::Compressed(_) | Entry::Bad => false,
+            Entry::Data { .. } | Entry::Compressed(_) | Entry::Incomplete(_) | Entry::Bad => false,
         }
     }
 
     /// Reads what a claimed entry shows, at the guest's `offset`, inside its cluster.
-    async fn read_old<B: Below + ?Sized>(
+    pub(super) async fn read_old<B: Below + ?Sized>(
         &self,
         io: &Io,
         below: &B,
@@ -475,7 +491,9 @@ impl Qcow2 {
             }
             Entry::Data { host, .. } => self.data.read(io, host.0 + skip, to).await,
             Entry::Compressed(data) => self.read_compressed(io, data, skip, to).await,
-            Entry::Bad => Err(self.bad_entry(g.guest_cluster(GuestOffset(offset)))),
+            Entry::Incomplete(_) | Entry::Bad => {
+                Err(self.bad_entry(g.guest_cluster(GuestOffset(offset))))
+            }
         }
     }
 
@@ -567,7 +585,10 @@ impl Freed {
                 image.inflated.forget(data);
                 self.runs.push(data.clusters(g));
             }
-            Entry::Unallocated | Entry::Zero { host: None, .. } | Entry::Bad => {}
+            Entry::Unallocated
+            | Entry::Zero { host: None, .. }
+            | Entry::Incomplete(_)
+            | Entry::Bad => {}
         }
     }
 

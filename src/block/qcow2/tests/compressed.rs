@@ -90,12 +90,12 @@ fn clusters_that_share_sectors_or_cross_host_clusters_read_and_are_written_over(
                         model[at..at + len].copy_from_slice(&noise(round, len));
                     }
                     if round % 16 == 0 {
-                        image.flush(&io).await.expect("flush");
+                        image.flush(&io, &()).await.expect("flush");
                     }
                 }
                 let got = read_all(&io, &image, &vec![]).await.expect("read");
                 assert_same(&got, &model, &format!("{what}, changed"));
-                image.close(&io).await.expect("close");
+                image.close(&io, &()).await.expect("close");
             });
             io.close();
             write_file(&images.path("a"), &the_sim(&storage).image());

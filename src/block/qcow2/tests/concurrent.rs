@@ -77,7 +77,7 @@ fn concurrent_first_writes_to_one_cluster() {
             }));
         }
         join(&io, tasks);
-        io.block_on(image.0.close(&io)).expect("close");
+        io.block_on(image.0.close(&io, &image.1)).expect("close");
         let bytes = the_sim(&storage).image();
         let judge = judge::Judge::new(&bytes);
         assert_eq!(judge.check(), 0, "one cluster was allocated, and one table");
@@ -100,7 +100,7 @@ fn flushes_asked_for_together_are_done_as_one() {
     the_sim(&storage).take_events();
     let flush = || -> std::pin::Pin<Box<dyn Future<Output = ()>>> {
         let (io, image) = (io.clone(), image.clone());
-        Box::pin(async move { image.flush(&io).await.expect("flush") })
+        Box::pin(async move { image.flush(&io, &()).await.expect("flush") })
     };
     join(&io, (0..16).map(|_| flush()).collect());
     let flushes = the_sim(&storage).take_events();
@@ -147,7 +147,7 @@ fn a_write_against_a_discard_and_the_reallocation_of_its_cluster() {
                     let pin = io.pin();
                     image.discard(&io, 0, 65536).await.expect("discard");
                     drop(pin);
-                    image.flush(&io).await.expect("flush");
+                    image.flush(&io, &()).await.expect("flush");
                 }
             }));
         }
@@ -181,7 +181,7 @@ fn a_write_against_a_discard_and_the_reallocation_of_its_cluster() {
                     .expect("read");
                 assert_same(&buf, &data, "at the end");
             }
-            image.close(&io).await.expect("close");
+            image.close(&io, &()).await.expect("close");
         });
         assert_eq!(judge::Judge::new(&the_sim(&storage).image()).check(), 0);
         io.close();
@@ -212,7 +212,7 @@ fn a_late_write_does_not_hit_a_cluster_that_was_discarded_under_it() {
                 .await
                 .expect("write");
             if n % 8 == 0 {
-                image.flush(&io).await.expect("flush");
+                image.flush(&io, &()).await.expect("flush");
                 io.yield_now().await;
             }
         }
@@ -230,7 +230,7 @@ fn a_late_write_does_not_hit_a_cluster_that_was_discarded_under_it() {
                 .expect("read");
             assert_same(&buf, &noise(n, 4096), "somebody else's cluster");
         }
-        image.close(&io).await.expect("close");
+        image.close(&io, &()).await.expect("close");
     });
     assert_eq!(judge::Judge::new(&the_sim(&storage).image()).check(), 0);
     io.close();
@@ -272,7 +272,7 @@ fn a_request_that_is_dropped_in_the_middle_lets_its_clusters_go() {
             let mut back = io.buf(65536);
             read(&io, &image, &(), 512, back.sg()).await.expect("read");
             assert_same(&back, &buf, "the second write");
-            image.close(&io).await.expect("close");
+            image.close(&io, &()).await.expect("close");
         });
         assert_eq!(judge::Judge::new(&the_sim(&storage).image()).check(), 0);
         io.close();
@@ -338,7 +338,7 @@ fn threads(storage: &Arc<Storage>, options: Options, steps: u32, below: &Vec<u8>
                                     }
                                     6 => {
                                         drop(pin);
-                                        image.flush(io).await.expect("flush");
+                                        image.flush(io, below).await.expect("flush");
                                         io.yield_now().await;
                                     }
                                     _ => {
@@ -385,7 +385,7 @@ fn threads(storage: &Arc<Storage>, options: Options, steps: u32, below: &Vec<u8>
     io.block_on(async {
         let got = read_all(&io, &image, below).await.expect("read");
         assert_same(&got, want, "after the threads");
-        image.close(&io).await.expect("close");
+        image.close(&io, below).await.expect("close");
     });
     io.close();
 }

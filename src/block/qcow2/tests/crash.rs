@@ -76,7 +76,7 @@ impl World {
 
     async fn flush(&self) -> Result<()> {
         let point = self.history.flush_begins();
-        self.image.flush(&self.io).await?;
+        self.image.flush(&self.io, &self.below).await?;
         self.history.flush_completed(point);
         Ok(())
     }
@@ -189,7 +189,7 @@ fn run_world(setup: &Setup<'_>, seed: u64) -> u64 {
             .expect("read");
         world.history.check_now(&disk, "at the end");
         let point = world.history.flush_begins();
-        world.image.close(&io).await.expect("close");
+        world.image.close(&io, &world.below).await.expect("close");
         world.history.flush_completed(point);
         let bytes = the_sim(&world.storage).crash_with(|_, _| 0);
         world.judge(&bytes, "closed");
@@ -224,6 +224,7 @@ fn power_loss_at_any_moment_loses_nothing_flushed_and_invents_nothing() {
             (12, false, true),
             (12, true, true),
             (12, true, false),
+            (13, true, true),
             (9, false, true),
             (14, true, true),
         ] {

@@ -56,7 +56,7 @@ impl Sweep {
 
     async fn flush(&mut self) {
         let point = self.history.flush_begins();
-        match self.image.flush(&self.io).await {
+        match self.image.flush(&self.io, &self.below).await {
             Ok(()) => self.history.flush_completed(point),
             Err(_) => self.failures += 1,
         }
@@ -144,7 +144,7 @@ fn sweep(
             "{what}: what failed once works the next time"
         );
         sweep.judge_crashes(&what);
-        sweep.image.close(&io).await.expect("close");
+        sweep.image.close(&io, &sweep.below).await.expect("close");
     });
     let bytes = the_sim(&sweep.storage).crash_with(|_, _| 0);
     let leaks = judge::Judge::new(&bytes).check();

@@ -79,7 +79,7 @@ fn a_write_to_a_fresh_cluster_does_not_wait_for_another_one_under_way() {
             assert!(back[..4096].iter().all(|b| *b == 1));
         });
     }
-    io.block_on(image.close(&io)).expect("close");
+    io.block_on(image.close(&io, &())).expect("close");
     assert_eq!(judge::Judge::new(&sim.image()).check(), 0);
     io.close();
 }
@@ -103,7 +103,7 @@ fn a_failed_write_to_a_fresh_cluster_of_zeros_leaves_zeros() {
             .await
             .expect("read");
         assert!(back.iter().all(|b| *b == 0));
-        image.close(&io).await.expect("close");
+        image.close(&io, &()).await.expect("close");
     });
     assert_eq!(judge::Judge::new(&the_sim(&storage).image()).check(), 0);
     io.close();
@@ -144,7 +144,7 @@ fn a_write_over_the_border_of_two_slices_is_one_write_where_the_clusters_are_nei
             .expect("write");
         let written = writes(the_sim(&storage).take_events());
         assert_eq!(written, [(hosts[0] - 4096, 16384)]);
-        image.close(&io).await.expect("close");
+        image.close(&io, &()).await.expect("close");
     });
     assert_eq!(judge::Judge::new(&the_sim(&storage).image()).check(), 0);
     io.close();
@@ -174,7 +174,7 @@ fn a_flush_answers_before_holes_are_punched_and_a_close_waits_for_them() {
         .expect("discard");
     io.block_on(async { io.yield_now().await });
     sim.take_events();
-    io.block_on(image.flush(&io)).expect("flush");
+    io.block_on(image.flush(&io, &())).expect("flush");
     assert!(!punched(sim.take_events()));
     io.block_on(async {
         for _ in 0..100 {
@@ -186,8 +186,8 @@ fn a_flush_answers_before_holes_are_punched_and_a_close_waits_for_them() {
     io.block_on(image.discard(&io, 131_072, 131_072))
         .expect("discard");
     io.block_on(async { io.yield_now().await });
-    io.block_on(image.flush(&io)).expect("flush");
-    io.block_on(image.close(&io)).expect("close");
+    io.block_on(image.flush(&io, &())).expect("flush");
+    io.block_on(image.close(&io, &())).expect("close");
     assert!(punched(sim.take_events()));
     assert_eq!(judge::Judge::new(&sim.image()).check(), 0, "given back");
     io.close();
@@ -205,7 +205,7 @@ fn space_on_its_way_out_of_limbo_is_waited_for_when_there_is_no_other() {
         let image = open(&io, &storage, WRITE).await.expect("open");
         image.discard(&io, 0, 131_072).await.expect("discard");
         io.yield_now().await;
-        image.flush(&io).await.expect("flush");
+        image.flush(&io, &()).await.expect("flush");
         let alloc = image.alloc.clone().expect("writable");
         let mut settled = pin!(alloc.settled());
         let polled = settled
@@ -220,7 +220,7 @@ fn space_on_its_way_out_of_limbo_is_waited_for_when_there_is_no_other() {
             .write(&io, &(), 524_288, buf.sg())
             .await
             .expect("write");
-        image.close(&io).await.expect("close");
+        image.close(&io, &()).await.expect("close");
     });
     assert_eq!(judge::Judge::new(&sim.image()).check(), 0);
     io.close();

@@ -103,6 +103,20 @@ impl History {
         }
     }
 
+    /// Judges sectors that were read by a request which began at `point`.
+    pub(super) fn check_read(&self, first: usize, got: &[u8], point: &FlushPoint, what: &str) {
+        let sectors = self.sectors.borrow();
+        for (at, got) in got.chunks(SECTOR).enumerate() {
+            let n = first + at;
+            let allowed = &sectors[n].versions[point.0[n]..];
+            assert!(
+                allowed.iter().any(|v| self.contents(n, *v) == got),
+                "{what}: sector {n} was read as {:02x?} and may hold {allowed:?}",
+                &got[..8]
+            );
+        }
+    }
+
     /// Judges what a power loss has left.
     pub(super) fn check_crash(&self, disk: &[u8], what: &str) {
         self.check(disk, |s| s.durable, what);

@@ -125,7 +125,10 @@ impl Case {
     fn finish(self, what: &str) {
         self.io.block_on(async {
             self.check_contents(what).await;
-            self.image.close(&self.io).await.expect("close");
+            self.image
+                .close(&self.io, &self.below)
+                .await
+                .expect("close");
         });
         let bytes = the_sim(&self.storage).crash_with(|_, _| 0);
         let judge = judge::Judge::new(&bytes);
@@ -158,7 +161,7 @@ fn disks_grow_and_shrink_and_what_comes_is_zeros() {
                             .await;
                     }
                     if random(&mut state) % 3 == 0 {
-                        case.image.flush(&io).await.expect("flush");
+                        case.image.flush(&io, &case.below).await.expect("flush");
                     }
                 }
             });
@@ -177,7 +180,7 @@ fn an_l1_table_moves_and_its_old_clusters_are_used_again() {
         assert_ne!(case.image.tables.l1_place(), (old, 4));
         assert_eq!(case.image.tables.l1_place().1, 512);
         case.write((16 << 20) - 512, &noise(1, 512)).await;
-        case.image.flush(&io).await.expect("flush");
+        case.image.flush(&io, &case.below).await.expect("flush");
         assert_eq!(case.image.allocator().unwrap().in_limbo(), 0);
         let there = case.image.allocator().unwrap();
         assert_eq!(there.is_metadata(HostCluster(old.0 >> 9), 1), None);
@@ -314,7 +317,7 @@ fn requests_that_run_on_keep_their_data() {
                     }
                     drop(pin);
                     if step % 16 == 7 {
-                        world.image.flush(io).await.expect("flush");
+                        world.image.flush(io, &world.below).await.expect("flush");
                     }
                 }
                 running.set(running.get() - 1);
@@ -496,7 +499,7 @@ fn what_fails_is_undone_and_works_the_next_time() {
                     let grown = case.disk.len() > before.len() && sizes.len() == 1;
                     assert!(!grown || case.disk[before.len()..].iter().all(|b| *b == 0));
                     case.write(10 << 10, &noise(nth, 1024)).await;
-                    case.image.close(&io).await.expect("close");
+                    case.image.close(&io, &case.below).await.expect("close");
                 });
                 let bytes = the_sim(&case.storage).crash_with(|_, _| 0);
                 let judge = judge::Judge::new(&bytes);

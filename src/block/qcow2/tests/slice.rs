@@ -98,7 +98,7 @@ fn any_sequence_of_entries_comes_back_from_memory_and_goes_to_the_file() {
         }
         assert_eq!(slice.bytes(), taken, "memory is accounted for");
         let mut encoded = vec![0; entries * if extended { 16 } else { 8 }];
-        slice.encode(&mut encoded);
+        slice.encode(&mut encoded, |_| 0);
         let words: Vec<u64> = encoded
             .chunks_exact(8)
             .map(|b| u64::from_be_bytes(b.try_into().unwrap()))

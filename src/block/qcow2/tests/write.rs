@@ -111,7 +111,7 @@ impl Case {
             }
             9 => {
                 drop(pin);
-                image.flush(io).await.expect("flush");
+                image.flush(io, &self.below).await.expect("flush");
             }
             _ => {
                 let mut buf = io.buf(len as usize);
@@ -128,7 +128,7 @@ impl Case {
         io.block_on(async {
             let got = read_all(io, image, &self.below).await.expect("read");
             assert_same(&got, &self.model, what);
-            image.close(io).await.expect("close");
+            image.close(io, &self.below).await.expect("close");
         });
         self.judge(what);
     }
@@ -329,7 +329,7 @@ fn zeros_keep_or_give_back_the_space_as_they_are_told() {
                 .expect("zeroes");
             case.model[offset as usize..][..65536].fill(0);
         }
-        image.flush(&io).await.expect("flush");
+        image.flush(&io, &()).await.expect("flush");
         image
     });
     case.finish(&io, &image, "zeros");
@@ -364,8 +364,8 @@ fn read_only_images_refuse_every_change() {
         for result in results {
             assert_eq!(result.expect_err("refused").kind(), ErrorKind::ReadOnly);
         }
-        image.flush(&io).await.expect("nothing to flush");
-        image.close(&io).await.expect("nothing to close");
+        image.flush(&io, &()).await.expect("nothing to flush");
+        image.close(&io, &()).await.expect("nothing to close");
     });
     assert!(the_sim(&case.storage).take_events().is_empty());
 }
@@ -479,6 +479,14 @@ fn a_cluster_that_may_be_shared_is_copied_before_it_is_changed() {
             panic!("data");
         };
         case.write(&io, &image, 9216, &noise(1, 4096)).await;
+        let Ok(Extent::Data { host, .. }) = image.map(&io, 8192, 512).await else {
+            panic!("data");
+        };
+        assert_eq!(
+            host, before,
+            "what was not written is still read from there"
+        );
+        image.flush(&io, &()).await.expect("flush");
         let Ok(Extent::Data { host: after, .. }) = image.map(&io, 8192, 512).await else {
             panic!("data");
         };
@@ -503,14 +511,14 @@ fn the_timer_lets_clusters_out_of_limbo_that_a_request_held_there() {
         let image = case.open(&io).await;
         let slow_request = io.pin();
         image.discard(&io, 0, 65536).await.expect("discard");
-        image.flush(&io).await.expect("flush");
+        image.flush(&io, &()).await.expect("flush");
         let alloc = image.alloc.clone().expect("writable");
         assert_eq!(alloc.in_limbo(), 16, "the slow request may still read them");
         drop(slow_request);
         io.yield_now().await;
-        image.write_back_if_due(&io).await.expect("write back");
+        image.write_back_if_due(&io, &()).await.expect("write back");
         assert_eq!(alloc.in_limbo(), 0);
-        image.close(&io).await.expect("close");
+        image.close(&io, &()).await.expect("close");
     });
     io.close();
 }
@@ -523,12 +531,12 @@ fn mappings_are_written_back_when_they_are_many() {
     let image = io.block_on(async {
         let image = case.open(&io).await;
         case.write(&io, &image, 0, &noise(1, 512)).await;
-        image.write_back_if_due(&io).await.expect("write back");
+        image.write_back_if_due(&io, &()).await.expect("write back");
         assert_eq!(image.tables.dirty().0, 1, "not due");
         for n in 0..image.tables.write_back_threshold() as u64 {
             case.write(&io, &image, n * 32768, &noise(n, 512)).await;
         }
-        image.write_back_if_due(&io).await.expect("write back");
+        image.write_back_if_due(&io, &()).await.expect("write back");
         assert_eq!(image.tables.dirty(), (0, None));
         image
     });
@@ -574,7 +582,7 @@ fn a_flush_between_publication_and_mark_waits_for_the_data_all_the_same() {
         }));
         claim.publish(0, 0);
         drop(claim);
-        image.close(&io).await.expect("close");
+        image.close(&io, &()).await.expect("close");
     });
 }
 
