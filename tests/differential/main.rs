@@ -476,6 +476,35 @@ fn qcow2_depth_one() {
     });
 }
 
+#[test]
+fn qcow2_subclusters_over_qcow2_with_subclusters_two_workers() {
+    run(&Case {
+        seed: 14,
+        options: "extended_l2=on,cluster_size=64k",
+        size: (16 << 20) + 1536,
+        grain: 4,
+        queues: 2,
+        workers: 2,
+        backing: Some(Backing {
+            format: "qcow2",
+            options: "extended_l2=on,cluster_size=16k",
+            size: 12 << 20,
+        }),
+        ..QCOW2
+    });
+}
+
+#[test]
+fn qcow2_subclusters_of_64_kib() {
+    run(&Case {
+        seed: 15,
+        options: "extended_l2=on,cluster_size=2M",
+        size: 48 << 20,
+        grain: 128,
+        ..QCOW2
+    });
+}
+
 /// A write that was in flight together with others on the same sectors.
 #[derive(Clone, Copy)]
 struct Stamp {

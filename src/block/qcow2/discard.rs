@@ -35,6 +35,9 @@ impl Qcow2 {
     pub async fn discard(&self, io: &Io, offset: u64, len: u64) -> Result<()> {
         self.check_range(offset, len)?;
         self.check_writes()?;
+        if self.tables.geometry.extended_l2 {
+            return self.discard_extended(io, offset, len).await;
+        }
         if self.header.version < 3 && self.has_backing {
             return Ok(());
         }
@@ -56,6 +59,10 @@ impl Qcow2 {
     ) -> Result<()> {
         self.check_range(offset, len)?;
         self.check_writes()?;
+        if self.tables.geometry.extended_l2 {
+            let zeroes = self.write_zeroes_extended(io, below, offset, len, may_unmap);
+            return zeroes.await;
+        }
         let mode = match (self.header.version, may_unmap) {
             (3.., true) => Unmap::Free,
             (3.., false) => Unmap::Keep,

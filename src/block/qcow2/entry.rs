@@ -112,12 +112,27 @@ pub(super) fn decode(raw: u64, g: &Geometry) -> Entry {
     }
 }
 
+/// True for the entry of a compressed cluster.
+pub(super) fn is_compressed(raw: u64) -> bool {
+    raw & COMPRESSED != 0
+}
+
+/// True if an entry that is not compressed has a host cluster.
+pub(super) fn has_host(raw: u64) -> bool {
+    raw & OFFSET != 0
+}
+
 /// True if the bits that must be 0 are, and the offset is a cluster's.
 pub(super) fn is_well_formed(raw: u64, g: &Geometry, version: u32) -> bool {
     if raw & COMPRESSED != 0 {
         return raw & COPIED == 0;
     }
-    let zero = if version >= 3 { ZERO } else { 0 };
+    // Extended entries have their zeros in the bitmap.
+    let zero = if version >= 3 && !g.extended_l2 {
+        ZERO
+    } else {
+        0
+    };
     let offset = raw & OFFSET;
     raw & !(COPIED | OFFSET | zero) == 0
         && g.is_aligned(offset)

@@ -379,9 +379,6 @@ impl Header {
         if self.data_file.is_some() {
             return Err(self.unsupported(at, "an external data file"));
         }
-        if self.geometry.extended_l2 {
-            return Err(self.unsupported(at, "extended L2 entries (subclusters)"));
-        }
         match self.encryption {
             Encryption::None => Ok(()),
             Encryption::Aes => Err(self.unsupported(32, "AES encryption")),

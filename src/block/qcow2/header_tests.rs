@@ -84,12 +84,6 @@ fn unknown_incompatible_features_are_refused_by_their_names() {
 
 #[test]
 fn features_that_are_not_supported_are_refused_by_name() {
-    for (option, word) in [("extended_l2=on,cluster_size=64k", "extended L2")] {
-        let (bytes, len) = image(option, &[]);
-        let (kind, text) = refused(&bytes, len);
-        assert_eq!(kind, ErrorKind::Unsupported);
-        assert!(text.contains(word), "{text}");
-    }
     let (good, len) = image("cluster_size=64k", &[]);
     for (bit, word) in [(0, "check -r all"), (1, "corrupt"), (2, "external data")] {
         let mut bytes = good.clone();

@@ -116,6 +116,9 @@ impl Qcow2 {
     /// [`Qcow2::map`] as far as it goes without I/O.
     #[inline]
     pub(super) fn lookup(&self, offset: u64, len: u64) -> Found {
+        if self.tables.geometry.extended_l2 {
+            return self.lookup_extended(offset, len);
+        }
         let g = &self.tables.geometry;
         let cluster = g.guest_cluster(GuestOffset(offset));
         let skip = g.in_cluster(offset);

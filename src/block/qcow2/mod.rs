@@ -9,6 +9,7 @@
 //! | `map`, `compressed`, `inflated` | reading: from the guest's offset to where its bytes are |
 //! | `claim`, `write`, `discard` | changing: one claimed run of clusters after another |
 //! | `cow`, `record`, `fill` | copy-on-write, put off until it must be done |
+//! | `extended` | reading and changing images whose clusters have subclusters |
 //! | `alloc`, `refill`, `arena`, `limbo` | host clusters: handed out, made ready, freed |
 //! | `reftable`, `refcount` | the refcount table, its blocks and their entries |
 //! | `resize` | another size of the disk |
@@ -25,6 +26,7 @@ mod compressed;
 mod cow;
 mod discard;
 mod entry;
+mod extended;
 mod fill;
 mod flush;
 pub mod header;
@@ -81,6 +83,8 @@ pub struct Qcow2 {
     has_backing: bool,
     flushes: Flushes,
     inflated: Inflated,
+    /// Of images with extended L2 entries: what is being changed.
+    reservations: extended::Reservations,
     /// Held by who makes an L2 table, or moves the L1 table.
     new_table: async_lock::Mutex<()>,
     /// Held by who changes the disk's size.

@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::Qcow2;
 use super::alloc::Allocator;
+use super::extended::Reservations;
 use super::flush::Flushes;
 use super::header::Header;
 use super::inflated::Inflated;
@@ -71,6 +72,7 @@ impl Qcow2 {
             alloc,
             has_backing: options.has_backing,
             flushes: Flushes::default(),
+            reservations: Reservations::default(),
             new_table: async_lock::Mutex::new(()),
             resizing: async_lock::Mutex::new(()),
             refuse_writes: AtomicBool::new(!write),

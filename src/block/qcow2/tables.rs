@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use super::alloc::Allocator;
 use super::claim::Claims;
 use super::entry;
+use super::extended;
 use super::header::{Header, MAX_HOST_OFFSET, MAX_L1_BYTES};
 use super::room::Room;
 use super::slice::{DIRTY, Directory, ORDERED, Pinned, Shape, Slice};
@@ -236,7 +237,11 @@ impl Tables {
             (word(entry), word(bitmap))
         });
         let file_len = storage.len();
-        let check = |raw, _| self.is_valid(raw, file_len, alloc);
+        let extended = self.geometry.extended_l2;
+        let check = |raw, bitmap| {
+            (!extended || extended::is_well_formed(raw, bitmap))
+                && self.is_valid(raw, file_len, alloc)
+        };
         let new = Slice::new(slice, self.shape, raw, check);
         self.note_memory(new.bytes());
         self.directory.link(new);

@@ -77,6 +77,12 @@ impl Geometry {
         self.cluster_bits - SUBCLUSTERS.trailing_zeros()
     }
 
+    /// The subcluster that holds a byte of the virtual disk, counted from the disk's beginning;
+    /// meaningful with extended L2 entries.
+    pub fn subcluster(&self, offset: GuestOffset) -> u64 {
+        offset.0 >> self.subcluster_bits()
+    }
+
     /// Bytes of the virtual disk that one L2 table maps.
     pub fn l2_span(&self) -> u64 {
         1 << (self.cluster_bits + self.l2_bits())

@@ -158,6 +158,9 @@ impl Qcow2 {
     /// Where a write of up to `len` bytes at `offset` goes.
     #[inline]
     pub(super) fn target(&self, offset: u64, len: u64) -> Target {
+        if self.tables.geometry.extended_l2 {
+            return self.target_extended(offset, len);
+        }
         let g = &self.tables.geometry;
         let cluster = g.guest_cluster(GuestOffset(offset));
         let skip = g.in_cluster(offset);
@@ -231,6 +234,9 @@ impl Qcow2 {
         from: Sg<'_>,
     ) -> Result<u64> {
         let g = &self.tables.geometry;
+        if g.extended_l2 {
+            return self.write_new_extended(io, below, offset, from).await;
+        }
         let cluster = g.guest_cluster(GuestOffset(offset));
         let wanted = g.clusters(g.in_cluster(offset) + from.len() as u64);
         let first = std::cell::Cell::new(Entry::Bad);
@@ -428,7 +434,7 @@ impl Qcow2 {
     }
 
     /// One write of `head`, `part` and `tail`, one behind the other.
-    async fn write_around(
+    pub(super) async fn write_around(
         &self,
         io: &Io,
         host: HostOffset,
@@ -528,7 +534,7 @@ impl Qcow2 {
 
     /// New clusters. If what is free turns out to be in use, the refcounts are wrong, and every write
     /// would do more damage: none comes after that.
-    async fn allocate(&self, io: &Io, want: u64) -> Result<Fresh<'_>> {
+    pub(super) async fn allocate(&self, io: &Io, want: u64) -> Result<Fresh<'_>> {
         let result = self.allocator()?.allocate(io, want).await;
         match &result {
             Err(error) if error.kind() == ErrorKind::Corrupt => self.stop_writing(io, error).await,

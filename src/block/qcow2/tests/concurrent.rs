@@ -21,7 +21,7 @@ fn judge_file(images: &Images, bytes: &[u8], want: &[u8], what: &str) {
 }
 
 /// Runs futures as tasks of one reactor until all have ended.
-fn join(io: &Io, tasks: Vec<std::pin::Pin<Box<dyn Future<Output = ()>>>>) {
+pub(super) fn join(io: &Io, tasks: Vec<std::pin::Pin<Box<dyn Future<Output = ()>>>>) {
     let left = Rc::new(Cell::new(tasks.len()));
     for task in tasks {
         let left = left.clone();
@@ -280,7 +280,13 @@ fn a_request_that_is_dropped_in_the_middle_lets_its_clusters_go() {
 }
 
 /// Two threads with several tasks each; sectors have one writer, clusters have several.
-fn threads(storage: &Arc<Storage>, options: Options, steps: u32, below: &Vec<u8>, want: &mut [u8]) {
+pub(super) fn threads(
+    storage: &Arc<Storage>,
+    options: Options,
+    steps: u32,
+    below: &Vec<u8>,
+    want: &mut [u8],
+) {
     let size = want.len() as u64;
     const THREADS: u64 = 2;
     const TASKS: u64 = 3;
