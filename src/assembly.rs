@@ -230,6 +230,7 @@ fn spec(disk: &DiskConfig) -> DiskSpec {
         },
         allow_paths: disk.allow_paths.clone(),
         l2_cache_bytes: disk.l2_cache_size,
+        data_file: disk.data_file.clone(),
         ..DiskSpec::new(source, format)
     }
 }

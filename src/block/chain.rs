@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::reactor::Io;
 
+use super::data_file::{self, DataFile};
 use super::error::{Error, ErrorKind, Result};
 use super::file::{FileOptions, FileStorage};
 use super::null::NullStorage;
@@ -24,9 +25,13 @@ pub(super) struct Link {
     pub(super) storage: Arc<Storage>,
     pub(super) format: Format,
     /// The name it was opened by: relative names in it start from here.
-    named: PathBuf,
+    pub(super) named: PathBuf,
     /// What the header said when it was read.
     pub(super) backing: Option<BackingName>,
+    /// The external data file's name in the header; empty: the user has to say it.
+    pub(super) data_name: Option<String>,
+    /// That file.
+    pub(super) data: Option<DataFile>,
     /// Bytes of its disk, then.
     pub(super) size: u64,
     /// Bytes of a cluster; raw: none.
@@ -34,33 +39,45 @@ pub(super) struct Link {
 }
 
 impl Link {
-    fn identity(&self) -> Option<(u64, u64)> {
-        match &*self.storage {
-            Storage::File(file) => Some(file.identity()),
-            _ => None,
-        }
+    /// True if one of its files is the one of this identity.
+    pub(super) fn holds(&self, identity: (u64, u64)) -> bool {
+        let is_it = |storage: &Storage| matches!(storage, Storage::File(file) if file.identity() == identity);
+        is_it(&self.storage) || self.data.as_ref().is_some_and(|data| is_it(&data.storage))
     }
 
-    /// True if its name still leads to the file that is open, or if that cannot be told.
+    /// True if its names still lead to the files that are open, or if that cannot be told.
     pub(super) fn is_current(&self) -> bool {
-        let Storage::File(file) = &*self.storage else {
-            return true;
+        let leads_to = |named: &Path, storage: &Storage| {
+            let Storage::File(file) = storage else {
+                return true;
+            };
+            match FileStorage::identity_of(named) {
+                Ok(now) => now == file.identity(),
+                // Behind a sandbox names may be out of reach; a name that is gone is another matter.
+                Err(error) => error.kind() != std::io::ErrorKind::NotFound,
+            }
         };
-        match FileStorage::identity_of(&self.named) {
-            Ok(now) => now == file.identity(),
-            // Behind a sandbox names may be out of reach; a name that is gone is another matter.
-            Err(error) => error.kind() != std::io::ErrorKind::NotFound,
-        }
+        let data = self.data.as_ref();
+        leads_to(&self.named, &self.storage)
+            && data.is_none_or(|data| leads_to(&data.named, &data.storage))
+    }
+
+    /// Where its guest data is stored.
+    pub(super) fn data_storage(&self) -> &Arc<Storage> {
+        self.data
+            .as_ref()
+            .map_or(&self.storage, |data| &data.storage)
     }
 
     /// Reads the header again; true if the chain below is what it was.
     pub(super) async fn reread(&self, io: &Io) -> Result<(Option<Header>, bool)> {
         self.storage.refresh()?;
+        self.data_storage().refresh()?;
         match self.format {
             Format::Raw => Ok((None, true)),
             Format::Qcow2 => {
                 let header = Header::read(io, &self.storage).await?;
-                let same = header.backing == self.backing;
+                let same = header.backing == self.backing && header.data_file == self.data_name;
                 Ok((Some(header), same))
             }
         }
@@ -82,6 +99,7 @@ pub(super) async fn open(io: &Io, spec: &DiskSpec) -> Result<Vec<Link>> {
     // Whatever becomes the working directory, the name leads to the same place.
     let named = std::path::absolute(top).unwrap_or_else(|_| top.clone());
     let mut links: Vec<Link> = vec![link(io, storage, spec.format, named).await?];
+    data_file::open(&mut links, spec, &allowed)?;
     while let Some(Link {
         named,
         backing: Some(backing),
@@ -89,12 +107,12 @@ pub(super) async fn open(io: &Io, spec: &DiskSpec) -> Result<Vec<Link>> {
     }) = links.last()
     {
         let format = backing_format(named, backing)?;
-        let name = beside(named, backing)?;
+        let name = beside(named, "backing file", &backing.name)?;
         let real =
             std::fs::canonicalize(&name).map_err(|error| missing(&links, backing, &name, error))?;
         let is_allowed = |real: &Path| allowed.iter().any(|root| real.starts_with(root));
         if !is_allowed(&real) {
-            return Err(not_allowed(named, backing, &real));
+            return Err(not_allowed(named, "backing file", &backing.name, &real));
         }
         if links.len() == MAX_DEPTH {
             let message = format!(
@@ -110,10 +128,9 @@ pub(super) async fn open(io: &Io, spec: &DiskSpec) -> Result<Vec<Link>> {
         let storage = FileStorage::open(&real, options)?;
         // A link may have been put in the way since the name was looked up.
         if let Some(opened) = storage.real_path().filter(|opened| !is_allowed(opened)) {
-            return Err(not_allowed(named, backing, &opened));
+            return Err(not_allowed(named, "backing file", &backing.name, &opened));
         }
-        let twice = |other: &Link| other.identity() == Some(storage.identity());
-        if links.iter().any(twice) {
+        if links.iter().any(|other| other.holds(storage.identity())) {
             let message = format!(
                 "a loop of backing files: {} → {}",
                 names(&links),
@@ -123,21 +140,22 @@ pub(super) async fn open(io: &Io, spec: &DiskSpec) -> Result<Vec<Link>> {
         }
         let next = link(io, Storage::File(storage), format, name).await?;
         links.push(next);
+        data_file::open(&mut links, spec, &allowed)?;
     }
     Ok(links)
 }
 
 async fn link(io: &Io, storage: Storage, format: Format, named: PathBuf) -> Result<Link> {
-    let (size, backing, cluster) = match format {
+    let (size, backing, data_name, cluster) = match format {
         Format::Raw => {
             warn_of_qcow2(io, &storage).await?;
-            (storage.len(), None, None)
+            (storage.len(), None, None, None)
         }
         Format::Qcow2 => {
             let header = Header::read(io, &storage).await?;
             header.check_supported()?;
             let cluster = header.geometry.cluster_size();
-            (header.size, header.backing, Some(cluster))
+            (header.size, header.backing, header.data_file, Some(cluster))
         }
     };
     Ok(Link {
@@ -145,12 +163,20 @@ async fn link(io: &Io, storage: Storage, format: Format, named: PathBuf) -> Resu
         format,
         named,
         backing,
+        data_name,
+        data: None,
         size,
         cluster,
     })
 }
 
 fn open_top(path: &Path, spec: &DiskSpec) -> Result<Storage> {
+    let storage = open_raw(path, spec, spec.format == Format::Raw)?;
+    Ok(Storage::File(storage))
+}
+
+/// Opens a file of the top image. With `raw` its bytes are a disk's, and it must not grow.
+pub(super) fn open_raw(path: &Path, spec: &DiskSpec, raw: bool) -> Result<FileStorage> {
     let mut options = FileOptions {
         read_only: spec.read_only,
         direct: spec.cache == CacheMode::None,
@@ -158,7 +184,7 @@ fn open_top(path: &Path, spec: &DiskSpec) -> Result<Storage> {
     let mut storage = FileStorage::open(path, options)?;
     let limits = *storage.limits();
     let in_part = storage.len() % limits.io_align as u64 != 0;
-    if in_part && !spec.read_only && spec.format == Format::Raw {
+    if in_part && !spec.read_only && raw {
         // Past the page cache only whole blocks can be written: the file would grow.
         log::warn!(
             "{}: its size, {} bytes, is no multiple of {}: going through the page cache instead of \
@@ -171,7 +197,7 @@ fn open_top(path: &Path, spec: &DiskSpec) -> Result<Storage> {
         options.direct = false;
         storage = FileStorage::open(path, options)?;
     }
-    Ok(Storage::File(storage))
+    Ok(storage)
 }
 
 async fn warn_of_qcow2(io: &Io, storage: &Storage) -> Result<()> {
@@ -226,31 +252,31 @@ fn backing_format(image: &Path, backing: &BackingName) -> Result<Format> {
     })
 }
 
-/// The file that `image` means by the name of its backing file.
-fn beside(image: &Path, backing: &BackingName) -> Result<PathBuf> {
-    let name = backing.name.as_str();
-    let refuse = |what: String| Err(Error::image(ErrorKind::NotAllowed, image, None, what));
+/// The file that `image` means by the name of its backing file, or of another one (`what`).
+pub(super) fn beside(image: &Path, what: &str, name: &str) -> Result<PathBuf> {
+    let refuse = |text: String| Err(Error::image(ErrorKind::NotAllowed, image, None, text));
     if name.starts_with("json:") {
-        return refuse(
-            "its backing file is given as json:{…}, which can name anything; give a plain file name \
-             with: qemu-img rebase -u -F FORMAT -b NAME IMAGE"
-                .into(),
-        );
+        return refuse(format!(
+            "its {what} is given as json:{{…}}, which can name anything; give a plain file name with: {}",
+            match what {
+                "backing file" => "qemu-img rebase -u -F FORMAT -b NAME IMAGE",
+                _ => "qemu-img amend -o data_file=NAME IMAGE",
+            }
+        ));
     }
     let name = name.strip_prefix("file:").unwrap_or(name);
     // As QEMU reads it: a colon before any slash ends a protocol's name.
     if let Some(colon) = name.find(':') {
         if !name[..colon].contains('/') {
             return refuse(format!(
-                "its backing file {:?} is on {:?}: only files and block devices are opened (a file whose \
+                "its {what} {name:?} is on {:?}: only files and block devices are opened (a file whose \
                  name has a colon is written ./NAME)",
-                backing.name,
                 &name[..colon]
             ));
         }
     }
     if name.is_empty() || name.contains('\0') {
-        return refuse(format!("its backing file's name {name:?} is none"));
+        return refuse(format!("its {what}'s name {name:?} is none"));
     }
     Ok(image.parent().unwrap_or(Path::new("")).join(name))
 }
@@ -267,16 +293,15 @@ fn missing(links: &[Link], backing: &BackingName, name: &Path, error: std::io::E
     ))
 }
 
-fn not_allowed(image: &Path, backing: &BackingName, real: &Path) -> Error {
+pub(super) fn not_allowed(image: &Path, what: &str, name: &str, real: &Path) -> Error {
     let folder = real.parent().unwrap_or(real).display();
     Error::image(
         ErrorKind::NotAllowed,
         image,
         None,
         format_args!(
-            "its backing file {:?} is {}, outside the disk's own folder; if that is meant, allow it with \
+            "its {what} {name:?} is {}, outside the disk's own folder; if that is meant, allow it with \
              allow-path={folder}",
-            backing.name,
             real.display()
         ),
     )

@@ -1,6 +1,8 @@
 //! A disk: what the user asked for, opened but not yet in use; and its life from there.
 
 #[cfg(test)]
+mod data_file_tests;
+#[cfg(test)]
 mod resize_tests;
 #[cfg(test)]
 mod tests;
@@ -85,7 +87,7 @@ impl Disk {
         let Some(top) = self.links.first() else {
             return DiskLimits::default();
         };
-        let below = top.storage.limits();
+        let below = top.data_storage().limits();
         let device = matches!(&*top.storage, Storage::File(file) if file.is_device());
         // A file's alignment is not the guest's business: it would change with where the file is.
         let logical_block = match device && top.format == Format::Raw {
@@ -121,7 +123,15 @@ impl Disk {
                 Storage::File(_) => " (page cache)",
                 _ => return link.storage.path().display().to_string(),
             };
-            format!("{} {}{how}", link.format, link.storage.path().display())
+            let data = match &link.data {
+                Some(data) => format!(" with data in {}", data.storage.path().display()),
+                None => String::new(),
+            };
+            format!(
+                "{} {}{how}{data}",
+                link.format,
+                link.storage.path().display()
+            )
         };
         let all: Vec<String> = self.links.iter().map(one).collect();
         all.join(" over ")
@@ -174,7 +184,9 @@ impl Disk {
                         workers,
                         has_backing: level + 1 < links.len(),
                     };
-                    Layer::Qcow2(Box::new(Qcow2::open(io, storage, header, options).await?))
+                    let data = link.data.as_ref().map(|data| data.storage.clone());
+                    let open = Qcow2::open_with_data(io, storage, data, header, options);
+                    Layer::Qcow2(Box::new(open.await?))
                 }
             };
             layers.push(layer);
@@ -210,6 +222,10 @@ fn lock(links: &[Link], read_only: bool) -> Result<Locks> {
             _ => Role::Reader,
         };
         locks.take(&link.storage, role)?;
+        if let Some(data) = &link.data {
+            // As QEMU locks it: who writes to it may make it grow.
+            locks.take(&data.storage, role)?;
+        }
     }
     Ok(locks)
 }

@@ -7,6 +7,7 @@
 
 mod active;
 mod chain;
+mod data_file;
 #[cfg(test)]
 mod device_tests;
 pub mod disk;

@@ -91,6 +91,8 @@ pub struct DiskSpec {
     pub backing_cache: CacheMode,
     /// Directories and files that backing files may be in, besides the top image's own directory.
     pub allow_paths: Vec<PathBuf>,
+    /// The top image's external data file, instead of the one that the image names.
+    pub data_file: Option<PathBuf>,
     /// Discards are passed on; else they do nothing.
     pub discard: bool,
     /// Memory for cached qcow2 mappings, bytes an image. Taken as they are loaded.
@@ -108,6 +110,7 @@ impl DiskSpec {
             cache: CacheMode::None,
             backing_cache: CacheMode::Writeback,
             allow_paths: Vec::new(),
+            data_file: None,
             discard: true,
             l2_cache_bytes: DEFAULT_L2_CACHE,
         }

@@ -43,6 +43,10 @@ pub struct DiskArgs {
     #[arg(long, value_name = "SIZE")]
     pub l2_cache_size: Option<String>,
 
+    /// The external data file of a qcow2 image that has one [default: what the image says]
+    #[arg(long, value_name = "PATH")]
+    pub data_file: Option<PathBuf>,
+
     /// Serial number that the guest sees, 1 to 20 characters [default: made from the image's path]
     #[arg(long, value_name = "TEXT")]
     pub serial: Option<String>,

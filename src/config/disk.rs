@@ -46,6 +46,10 @@ impl Disk<'_> {
         let source = self.check_source(block_size)?;
         let allow_paths = self.check_layers(&source, format)?;
         let l2_cache_size = self.check_l2_cache_size()?;
+        let data_file = match &args.data_file {
+            Some(path) => Some(absolute(&self.place.key("data-file"), path)?),
+            None => None,
+        };
         let serial = match &args.serial {
             Some(serial) => self.check_serial(serial)?,
             None => default_serial(&source, &self.name),
@@ -63,6 +67,7 @@ impl Disk<'_> {
             block_size,
             allow_paths,
             l2_cache_size,
+            data_file,
             name: self.name,
         })
     }
@@ -215,6 +220,8 @@ impl Disk<'_> {
             Some(self.place.key("allow-path"))
         } else if self.args.l2_cache_size.is_some() {
             Some(self.place.key("l2-cache-size"))
+        } else if self.args.data_file.is_some() {
+            Some(self.place.key("data-file"))
         } else {
             None
         }

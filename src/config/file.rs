@@ -19,6 +19,7 @@ const DISK: &[&str] = &[
     "blk-file",
     "block-size",
     "cache",
+    "data-file",
     "fd",
     "fd-name",
     "format",

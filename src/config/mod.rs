@@ -114,6 +114,8 @@ pub struct DiskConfig {
     /// the user allowed. Absolute, symbolic links resolved. Empty for a raw image and a null device,
     /// which have no such files.
     pub allow_paths: Vec<PathBuf>,
+    /// The external data file of a qcow2 image, absolute, if not the one that the image names.
+    pub data_file: Option<PathBuf>,
 }
 
 /// Where a disk's VMM comes from.

@@ -87,6 +87,9 @@ impl fmt::Display for DiskConfig {
                 .collect();
             writeln!(f, "allow-path = [{}]", paths.join(", "))?;
             writeln!(f, "l2-cache-size = \"{}\"", self.l2_cache_size)?;
+            if let Some(path) = &self.data_file {
+                writeln!(f, "data-file = {}", quoted(path.display()))?;
+            }
         }
         writeln!(f, "num-queues = {}", self.num_queues)?;
         writeln!(f, "queue-size = {}", self.queue_size)?;

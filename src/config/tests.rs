@@ -110,6 +110,7 @@ fn the_least_command_line_gets_every_default() {
                 block_size: 512,
                 allow_paths: vec![],
                 l2_cache_size: 72 << 20,
+                data_file: None,
             }],
             once: false,
             pid_file: None,
@@ -151,8 +152,8 @@ fn two_readers_may_share_an_image() {
 /// All settings but those that exclude one another, on the command line and in a file.
 const ALL_OPTIONS: &str = "--socket-path @/s --socket-mode 0660 --socket-group root \
     --blk-file @/a.img --format qcow2 --read-only --cache writethrough --backing-cache none \
-    --allow-path @/bases --allow-path @/more --l2-cache-size 3M --serial 0123-456 --block-size 4096 --num-queues 8 \
-    --queue-size 1024 --name root --workers 2 --cpus 3,0-1 --poll adaptive --poll-max-us 7 --once \
+    --allow-path @/bases --allow-path @/more --l2-cache-size 3M --data-file @/d.img --serial 0123-456 --block-size 4096 \
+    --num-queues 8 --queue-size 1024 --name root --workers 2 --cpus 3,0-1 --poll adaptive --poll-max-us 7 --once \
     --pid-file @/pid --log-level debug";
 const ALL_KEYS: &str = "
     once = true
@@ -175,6 +176,7 @@ const ALL_KEYS: &str = "
     backing-cache = 'none'
     allow-path = ['@/bases', '@/more']
     l2-cache-size = '3072k'
+    data-file = '@/d.img'
     serial = '0123-456'
     block-size = 4096
     num-queues = 8

@@ -196,8 +196,7 @@ impl Allocator {
                     self.start_refill(io, worker);
                 }
                 return Ok(Fresh {
-                    owner: self,
-                    arena,
+                    owner: Some((self, arena)),
                     stock,
                     thread: PhantomData,
                 });
@@ -527,13 +526,25 @@ impl Drop for Settling<'_> {
 #[derive(Debug)]
 #[must_use = "dropping it gives the clusters back"]
 pub struct Fresh<'a> {
-    owner: &'a Allocator,
-    arena: &'a Arena,
+    /// Who takes them back; none for clusters of another file, which nobody counts.
+    owner: Option<(&'a Allocator, &'a Arena)>,
     stock: Stock,
     thread: PhantomData<*const ()>,
 }
 
 impl<'a> Fresh<'a> {
+    /// Clusters of another file than the image's own.
+    pub(super) fn elsewhere(first: HostCluster, count: u64) -> Self {
+        Self {
+            owner: None,
+            stock: Stock {
+                run: Run::new(first.0, count),
+                zeroed: false,
+            },
+            thread: PhantomData,
+        }
+    }
+
     /// The first cluster.
     pub fn first(&self) -> HostCluster {
         HostCluster(self.stock.run.first)
@@ -561,7 +572,6 @@ impl<'a> Fresh<'a> {
         let count = count.min(run.count);
         let part = |run| Fresh {
             owner: self.owner,
-            arena: self.arena,
             stock: Stock { run, ..stock },
             thread: PhantomData,
         };
@@ -574,8 +584,8 @@ impl<'a> Fresh<'a> {
     pub fn give_back_untouched(mut self) {
         let stock = self.stock;
         let run = self.take();
-        if run.count > 0 {
-            self.arena.put_back(Stock { run, ..stock });
+        if let Some((_, arena)) = self.owner.filter(|_| run.count > 0) {
+            arena.put_back(Stock { run, ..stock });
         }
     }
 
@@ -589,8 +599,8 @@ impl<'a> Fresh<'a> {
 impl Drop for Fresh<'_> {
     fn drop(&mut self) {
         let run = self.take();
-        if run.count > 0 {
-            lock(&self.owner.orphans).push(run);
+        if let Some((owner, _)) = self.owner.filter(|_| run.count > 0) {
+            lock(&owner.orphans).push(run);
         }
     }
 }

@@ -227,6 +227,12 @@ impl Checker<'_> {
                     self.report.allocated += 1;
                     self.refer(data.offset.0, data.bytes, None);
                 }
+                // Nobody counts references to clusters of a data file.
+                Entry::Data { .. } | Entry::Zero { host: Some(_), .. }
+                    if self.geometry.data_file =>
+                {
+                    self.report.allocated += 1;
+                }
                 Entry::Data { host, .. }
                 | Entry::Zero {
                     host: Some(host), ..

@@ -35,11 +35,14 @@ impl Qcow2 {
     pub async fn discard(&self, io: &Io, offset: u64, len: u64) -> Result<()> {
         self.check_range(offset, len)?;
         self.check_writes()?;
-        if self.tables.geometry.extended_l2 {
-            return self.discard_extended(io, offset, len).await;
-        }
         if self.header.version < 3 && self.has_backing {
             return Ok(());
+        }
+        if self.is_raw_data() {
+            return self.zero_bytes(io, &(), offset, len, true).await;
+        }
+        if self.tables.geometry.extended_l2 {
+            return self.discard_extended(io, offset, len).await;
         }
         let (_, first, last, _) = self.whole_clusters(offset, len);
         self.unmap(io, first, last, Unmap::Free).await
@@ -59,6 +62,9 @@ impl Qcow2 {
     ) -> Result<()> {
         self.check_range(offset, len)?;
         self.check_writes()?;
+        if self.is_raw_data() {
+            return self.zero_bytes(io, below, offset, len, may_unmap).await;
+        }
         if self.tables.geometry.extended_l2 {
             let zeroes = self.write_zeroes_extended(io, below, offset, len, may_unmap);
             return zeroes.await;
@@ -68,12 +74,13 @@ impl Qcow2 {
             (3.., false) => Unmap::Keep,
             (_, true) if !self.has_backing => Unmap::Free,
             // Version 2 has no zero flag.
-            _ => return self.zero_bytes(io, below, offset, len).await,
+            _ => return self.zero_bytes(io, below, offset, len, false).await,
         };
         let (head, first, last, tail) = self.whole_clusters(offset, len);
-        self.zero_bytes(io, below, offset, head).await?;
+        self.zero_bytes(io, below, offset, head, false).await?;
         self.unmap(io, first, last, mode).await?;
-        self.zero_bytes(io, below, offset + len - tail, tail).await
+        self.zero_bytes(io, below, offset + len - tail, tail, false)
+            .await
     }
 
     /// Cuts a range: bytes before its first whole cluster, first cluster, cluster behind the last, bytes
@@ -170,6 +177,9 @@ impl Qcow2 {
             }
         }
         let mut closed = closed.into_iter().peekable();
+        if mode == Unmap::Free {
+            self.drop_data(io, &claim).await;
+        }
         let mut freed = Freed::default();
         for n in 0..claim.count() {
             let old = claim.get(n);
@@ -205,6 +215,7 @@ impl Qcow2 {
         below: &B,
         mut offset: u64,
         len: u64,
+        may_unmap: bool,
     ) -> Result<()> {
         let end = offset + len;
         while offset < end {
@@ -214,7 +225,7 @@ impl Qcow2 {
             }
             offset += match self.target(offset, end - offset) {
                 Target::InPlace { host, len } => {
-                    self.data.write_zeroes(io, host.0, len, false).await?;
+                    self.data.write_zeroes(io, host.0, len, may_unmap).await?;
                     len
                 }
                 target @ (Target::Claim | Target::Incomplete) => {

@@ -105,7 +105,7 @@ pub(super) fn decode(raw: u64, g: &Geometry) -> Entry {
             host: (host.0 != 0).then_some(host),
             copied,
         }
-    } else if host.0 != 0 {
+    } else if host.0 != 0 || (copied && g.data_file) {
         Entry::Data { host, copied }
     } else {
         Entry::Unallocated
@@ -118,14 +118,14 @@ pub(super) fn is_compressed(raw: u64) -> bool {
 }
 
 /// True if an entry that is not compressed has a host cluster.
-pub(super) fn has_host(raw: u64) -> bool {
-    raw & OFFSET != 0
+pub(super) fn has_host(raw: u64, g: &Geometry) -> bool {
+    raw & OFFSET != 0 || (g.data_file && raw & COPIED != 0)
 }
 
 /// True if the bits that must be 0 are, and the offset is a cluster's.
 pub(super) fn is_well_formed(raw: u64, g: &Geometry, version: u32) -> bool {
     if raw & COMPRESSED != 0 {
-        return raw & COPIED == 0;
+        return raw & COPIED == 0 && !g.data_file;
     }
     // Extended entries have their zeros in the bitmap.
     let zero = if version >= 3 && !g.extended_l2 {
@@ -136,7 +136,7 @@ pub(super) fn is_well_formed(raw: u64, g: &Geometry, version: u32) -> bool {
     let offset = raw & OFFSET;
     raw & !(COPIED | OFFSET | zero) == 0
         && g.is_aligned(offset)
-        && (offset != 0 || raw & COPIED == 0)
+        && (offset != 0 || raw & COPIED == 0 || g.data_file)
 }
 
 /// The offset in an L1 entry; 0: no table.
@@ -162,6 +162,7 @@ mod tests {
         cluster_bits: 16,
         refcount_order: 4,
         extended_l2: false,
+        data_file: false,
     };
 
     #[test]
@@ -214,6 +215,19 @@ mod tests {
         }
         assert_eq!(decode(BAD, &G), Entry::Bad);
         assert_eq!(incomplete_index(data(HostOffset(0x50000))), None);
+    }
+
+    #[test]
+    fn in_a_data_file_offset_0_is_a_place_and_nothing_is_compressed() {
+        let g = Geometry {
+            data_file: true,
+            ..G
+        };
+        let host = HostOffset(0);
+        assert_eq!(decode(COPIED, &g), Entry::Data { host, copied: true });
+        assert_eq!(decode(0, &g), Entry::Unallocated);
+        assert!(is_well_formed(COPIED, &g, 3) && is_well_formed(COPIED | ZERO, &g, 3));
+        assert!(!is_well_formed(COMPRESSED | 77, &g, 3));
     }
 
     #[test]

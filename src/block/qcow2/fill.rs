@@ -244,8 +244,11 @@ impl Qcow2 {
         let place = |(at, len): (u64, u64)| start + at as usize..start + (at + len) as usize;
         let is_needed =
             |range: &Range<usize>| !(record.is_zeroed() && is_zero(&buf[range.clone()]));
-        let mut ranges: Vec<Range<usize>> = record.missing().map(place).collect();
-        ranges.retain(is_needed);
+        let cluster = self.tables.geometry.cluster_size();
+        let end = start + self.fill_len(record.host().0, cluster) as usize;
+        let inside = |range: Range<usize>| range.start..range.end.min(end);
+        let mut ranges: Vec<Range<usize>> = record.missing().map(place).map(inside).collect();
+        ranges.retain(|range| !range.is_empty() && is_needed(range));
         if ranges.len() > MAX_GAPS {
             ranges = vec![self.read_back(io, start, record, buf).await?];
         }

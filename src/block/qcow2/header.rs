@@ -64,6 +64,8 @@ pub mod autoclear {
     pub const BITMAPS: u64 = 1 << 0;
     /// The external data file is a raw image by itself.
     pub const RAW_EXTERNAL: u64 = 1 << 1;
+    /// What writing keeps up.
+    pub const KEPT_UP: u64 = RAW_EXTERNAL;
 }
 
 /// The backing file that the header names. Whether it may be opened is not decided here.
@@ -225,6 +227,8 @@ impl Header {
             cluster_bits,
             refcount_order,
             extended_l2,
+            data_file: version >= 3
+                && u64_at(bytes, field::INCOMPATIBLE) & incompatible::EXTERNAL_DATA != 0,
         })
     }
 
@@ -291,10 +295,22 @@ impl Header {
                 "a raw external data file, but no external data file".into(),
             ));
         }
+        if external && header.snapshots > 0 {
+            return Err(bad(
+                60,
+                "internal snapshots and an external data file exclude each other".into(),
+            ));
+        }
         header.data_file = external.then(|| extensions.data_file.unwrap_or_default());
         header.check_tables(file_len)?;
         header.bitmaps = extensions.bitmaps;
         header.backing = backing_name(path, bytes, length, extensions.backing_format)?;
+        if header.autoclear & autoclear::RAW_EXTERNAL != 0 && header.backing.is_some() {
+            return Err(bad(
+                88,
+                "a raw external data file and a backing file exclude each other".into(),
+            ));
+        }
         if header.autoclear & autoclear::BITMAPS != 0 && header.bitmaps.is_none() {
             return Err(bad(
                 88,
@@ -375,9 +391,6 @@ impl Header {
                     "the image was not closed and its refcounts are not valid; repair them with: {check}"
                 ),
             );
-        }
-        if self.data_file.is_some() {
-            return Err(self.unsupported(at, "an external data file"));
         }
         match self.encryption {
             Encryption::None => Ok(()),

@@ -85,7 +85,7 @@ fn unknown_incompatible_features_are_refused_by_their_names() {
 #[test]
 fn features_that_are_not_supported_are_refused_by_name() {
     let (good, len) = image("cluster_size=64k", &[]);
-    for (bit, word) in [(0, "check -r all"), (1, "corrupt"), (2, "external data")] {
+    for (bit, word) in [(0, "check -r all"), (1, "corrupt")] {
         let mut bytes = good.clone();
         bytes[79] |= 1 << bit;
         let (kind, text) = refused(&bytes, len);

@@ -10,6 +10,7 @@
 //! | `claim`, `write`, `discard` | changing: one claimed run of clusters after another |
 //! | `cow`, `record`, `fill` | copy-on-write, put off until it must be done |
 //! | `extended` | reading and changing images whose clusters have subclusters |
+//! | `data_file` | guest data in a file of its own |
 //! | `alloc`, `refill`, `arena`, `limbo` | host clusters: handed out, made ready, freed |
 //! | `reftable`, `refcount` | the refcount table, its blocks and their entries |
 //! | `resize` | another size of the disk |
@@ -24,6 +25,7 @@ mod claim;
 mod code;
 mod compressed;
 mod cow;
+mod data_file;
 mod discard;
 mod entry;
 mod extended;

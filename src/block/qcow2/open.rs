@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::Qcow2;
 use super::alloc::Allocator;
+use super::data_file;
 use super::extended::Reservations;
 use super::flush::Flushes;
 use super::header::Header;
@@ -41,7 +42,23 @@ impl Qcow2 {
         header: Header,
         options: Options,
     ) -> Result<Self> {
+        Self::open_with_data(io, storage, None, header, options).await
+    }
+
+    /// As [`Qcow2::open`]; `data` is the external data file of an image that has one.
+    ///
+    /// # Errors
+    /// As [`Qcow2::open`]; [`crate::block::error::ErrorKind::InvalidImage`] for a data file that is not
+    /// wanted, or is and not there.
+    pub async fn open_with_data(
+        io: &Io,
+        storage: Arc<Storage>,
+        data: Option<Arc<Storage>>,
+        header: Header,
+        options: Options,
+    ) -> Result<Self> {
         header.check_supported()?;
+        let data = data_file::place(&header, &storage, data)?;
         let write = !options.read_only;
         if write {
             header.check_writable()?;
@@ -56,8 +73,7 @@ impl Qcow2 {
             }
             alloc = Some(Arc::new(new));
             // What these bits stand for is not kept up: they go before anything else changes.
-            if header.autoclear != 0 {
-                header.clear_autoclear(io, &storage).await?;
+            if header.clear_autoclear(io, &storage).await? {
                 storage.flush(io).await?;
             }
         }
@@ -65,7 +81,7 @@ impl Qcow2 {
         Ok(Self {
             inflated: Inflated::new(&header.geometry),
             records: Records::new(&header.geometry, slices),
-            data: storage.clone(),
+            data,
             storage,
             header,
             tables,

@@ -134,7 +134,7 @@ impl Qcow2 {
         {
             let _pin = io.pin();
             let edge = old.next_multiple_of(g.cluster_size());
-            self.zero_bytes(io, below, old, edge - old).await?;
+            self.zero_bytes(io, below, old, edge - old, false).await?;
             let (first, end) = (edge >> g.cluster_bits, g.clusters(size));
             let (new, end) = (GuestCluster(first), GuestCluster(end));
             self.unallocate(io, new, end, (0, 0)).await?;
@@ -145,7 +145,7 @@ impl Qcow2 {
                     self.unmap(io, first, end, Unmap::Free).await?;
                 } else {
                     let len = (shown - first) << g.cluster_bits;
-                    self.zero_bytes(io, below, edge, len).await?;
+                    self.zero_bytes(io, below, edge, len, false).await?;
                 }
             }
         }
@@ -165,7 +165,7 @@ impl Qcow2 {
         {
             let _pin = io.pin();
             let edge = size.next_multiple_of(g.cluster_size());
-            self.zero_bytes(io, below, size, edge - size).await?;
+            self.zero_bytes(io, below, size, edge - size, false).await?;
             let (first, end) = (edge >> g.cluster_bits, g.clusters(old));
             let (first, end) = (GuestCluster(first), GuestCluster(end));
             self.unallocate(io, first, end, self.gone()).await?;

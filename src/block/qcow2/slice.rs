@@ -104,7 +104,7 @@ impl Slice {
         index: u64,
         shape: Shape,
         raw: impl Iterator<Item = (u64, u64)>,
-        check: impl Fn(u64, u64) -> bool,
+        check: impl Fn(usize, u64, u64) -> bool,
     ) -> Box<Self> {
         let slice: Box<Self> = match shape.entries {
             0..=64 => Self::empty::<64>(index, shape),
@@ -113,7 +113,7 @@ impl Slice {
             _ => Self::empty::<512>(index, shape),
         };
         for (at, (raw, bitmap)) in raw.enumerate().take(shape.entries) {
-            if check(raw, bitmap) {
+            if check(at, raw, bitmap) {
                 slice.store(at, raw);
             } else {
                 slice.spill()[at].store(raw, Ordering::Relaxed);

@@ -238,9 +238,10 @@ impl Tables {
         });
         let file_len = storage.len();
         let extended = self.geometry.extended_l2;
-        let check = |raw, bitmap| {
-            (!extended || extended::is_well_formed(raw, bitmap))
-                && self.is_valid(raw, file_len, alloc)
+        let first = slice << self.geometry.slice_bits();
+        let check = |at, raw, bitmap| {
+            (!extended || extended::is_well_formed(raw, bitmap, &self.geometry))
+                && self.is_valid(GuestCluster(first + at as u64), raw, file_len, alloc)
         };
         let new = Slice::new(slice, self.shape, raw, check);
         self.note_memory(new.bytes());
@@ -277,7 +278,13 @@ impl Tables {
 
     /// May an L2 entry of the file be used? The image is untrusted: an entry must not lead outside the
     /// file, or to metadata.
-    fn is_valid(&self, raw: u64, file_len: u64, alloc: Option<&Allocator>) -> bool {
+    fn is_valid(
+        &self,
+        guest: GuestCluster,
+        raw: u64,
+        file_len: u64,
+        alloc: Option<&Allocator>,
+    ) -> bool {
         let g = &self.geometry;
         if !entry::is_well_formed(raw, g, self.version) {
             return false;
@@ -292,6 +299,10 @@ impl Tables {
         };
         match entry::decode(raw, g) {
             entry::Entry::Unallocated | entry::Entry::Zero { host: None, .. } => true,
+            entry::Entry::Data { host, .. }
+            | entry::Entry::Zero {
+                host: Some(host), ..
+            } if g.data_file => g.host_cluster(host).0 == guest.0,
             entry::Entry::Data { host, .. }
             | entry::Entry::Zero {
                 host: Some(host), ..

@@ -13,6 +13,7 @@ mod compressed;
 mod concurrent;
 mod cow;
 mod crash;
+mod data_file;
 mod extended;
 mod faults;
 mod fresh;

@@ -32,6 +32,8 @@ pub struct Geometry {
     pub refcount_order: u32,
     /// L2 entries have 128 bits: an entry and the bitmap of its subclusters.
     pub extended_l2: bool,
+    /// Guest data lies in a file of its own: offset 0 is as good as any other.
+    pub data_file: bool,
 }
 
 impl Geometry {

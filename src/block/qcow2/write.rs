@@ -302,7 +302,7 @@ impl Qcow2 {
     ) -> Result<u64> {
         let g = &self.tables.geometry;
         let skip = g.in_cluster(offset);
-        let end = (claim.count() as u64) << g.cluster_bits;
+        let end = self.fill_len(host.0, (claim.count() as u64) << g.cluster_bits);
         let len = (end - skip).min(from.len() as u64);
         let mut head = zeros(io, skip);
         let mut tail = zeros(io, end - skip - len);
@@ -330,7 +330,8 @@ impl Qcow2 {
         from: Sg<'_>,
     ) -> Result<u64> {
         let g = &self.tables.geometry;
-        let fresh = self.allocate(io, claim.count() as u64).await?;
+        let cluster = g.guest_cluster(GuestOffset(offset));
+        let fresh = self.new_clusters(io, cluster, claim.count() as u64).await?;
         claim.truncate(fresh.count() as usize);
         let skip = g.in_cluster(offset);
         let len = ((fresh.count() << g.cluster_bits) - skip).min(from.len() as u64);
@@ -364,8 +365,8 @@ impl Qcow2 {
         let g = &self.tables.geometry;
         let (skip, len) = (g.in_cluster(offset), part.len() as u64);
         let (first, count) = (fresh.first(), fresh.count());
-        let end = count << g.cluster_bits;
         let base = offset - skip;
+        let end = self.fill_len(base, count << g.cluster_bits);
 
         // What was there before, where the guest's bytes do not cover it.
         let (old_head, old_tail) = (claim.get(0), claim.get(count as usize - 1));
@@ -576,6 +577,8 @@ impl Freed {
     pub(super) fn note(&mut self, image: &Qcow2, raw: u64) {
         let g = &image.tables.geometry;
         match decode(raw, g) {
+            // Nobody counts references to them.
+            Entry::Data { .. } | Entry::Zero { .. } if g.data_file => {}
             Entry::Data { host, .. }
             | Entry::Zero {
                 host: Some(host), ..

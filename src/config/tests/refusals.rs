@@ -85,6 +85,7 @@ fn what_cannot_be_meant_is_refused_with_what_to_write_instead() {
             "--l2-cache-size",
             "write a number of bytes",
         ),
+        ("--data-file @/b.img", "--data-file", "--format qcow2"),
         (
             "--format qcow2 --allow-path @/nowhere",
             "--allow-path",

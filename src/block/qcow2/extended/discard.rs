@@ -48,24 +48,25 @@ impl Qcow2 {
         let mode = if may_unmap { Unmap::Free } else { Unmap::Keep };
         let mut range = self.whole_subclusters(offset, len);
         if range.is_empty() {
-            return self.zero_bytes(io, below, offset, len).await;
+            return self.zero_bytes(io, below, offset, len, false).await;
         }
         let bits = self.tables.geometry.subcluster_bits();
         let (start, end) = (range.start << bits, range.end << bits);
-        self.zero_bytes(io, below, offset, start - offset).await?;
+        self.zero_bytes(io, below, offset, start - offset, false)
+            .await?;
         while !range.is_empty() {
             range.start = match self.zero_subclusters(io, &range, mode).await? {
                 Done::Until(next) => next,
                 Done::Compressed(next) => {
                     let at = range.start << bits;
                     let end = (next << bits).min(offset + len);
-                    self.zero_bytes(io, below, at, end - at).await?;
+                    self.zero_bytes(io, below, at, end - at, false).await?;
                     next
                 }
             };
         }
         let tail = (offset + len).saturating_sub(end);
-        self.zero_bytes(io, below, end, tail).await
+        self.zero_bytes(io, below, end, tail, false).await
     }
 
     /// The subclusters that are in the range as a whole. If the range goes to the disk's end, all of the disk's

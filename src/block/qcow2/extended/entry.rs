@@ -100,12 +100,12 @@ impl Pair {
 }
 
 /// Do entry and bitmap go together? Whether the entry is well-formed by itself is not asked here.
-pub(in crate::block::qcow2) fn is_well_formed(raw: u64, bitmap: u64) -> bool {
+pub(in crate::block::qcow2) fn is_well_formed(raw: u64, bitmap: u64, g: &Geometry) -> bool {
     let (allocated, zero) = (bitmap as Subclusters, (bitmap >> ZERO_SHIFT) as Subclusters);
     if entry::is_compressed(raw) {
         return bitmap == 0;
     }
-    allocated & zero == 0 && (allocated == 0 || entry::has_host(raw))
+    allocated & zero == 0 && (allocated == 0 || entry::has_host(raw, g))
 }
 
 #[cfg(test)]
@@ -116,6 +116,7 @@ mod tests {
         cluster_bits: 16,
         refcount_order: 4,
         extended_l2: true,
+        data_file: false,
     };
 
     #[test]
@@ -140,7 +141,7 @@ mod tests {
             (0x50000, 0xffff_fffe_0000_0001),
             (compressed, 0),
         ] {
-            assert!(is_well_formed(raw, bitmap), "{raw:#x} {bitmap:#x}");
+            assert!(is_well_formed(raw, bitmap, &G), "{raw:#x} {bitmap:#x}");
         }
         for (raw, bitmap) in [
             (0, 1),
@@ -149,7 +150,7 @@ mod tests {
             (compressed, 1),
             (compressed, 1 << 40),
         ] {
-            assert!(!is_well_formed(raw, bitmap), "{raw:#x} {bitmap:#x}");
+            assert!(!is_well_formed(raw, bitmap, &G), "{raw:#x} {bitmap:#x}");
         }
     }
 }

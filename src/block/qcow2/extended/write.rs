@@ -177,7 +177,8 @@ impl Qcow2 {
     async fn give_hosts(&self, io: &Io, reservation: Reservation<'_>) -> Result<()> {
         let g = &self.tables.geometry;
         let count = clusters_of(&reservation.range()).count() as u64;
-        let fresh = self.allocate(io, count).await?;
+        let cluster = GuestCluster(reservation.range().start / u64::from(Subclusters::BITS));
+        let fresh = self.new_clusters(io, cluster, count).await?;
         let zeroed = self.fresh_reads_zero(&fresh);
         let Some(changes) = reservation.changes() else {
             return Ok(());
@@ -216,7 +217,9 @@ impl Qcow2 {
             range.end << g.subcluster_bits(),
         );
         let len = (end - offset).min(from.len() as u64);
-        let (before, after) = (offset - start, end - offset - len);
+        // A data file does not grow beyond the disk's end.
+        let filled = start + self.fill_len(start, end - start);
+        let (before, after) = (offset - start, filled.saturating_sub(offset + len));
         let before = if fill.first == Edge::Allocated {
             0
         } else {

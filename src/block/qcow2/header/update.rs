@@ -1,7 +1,7 @@
 //! Updates of the header in place. Each is one write of the first sector, which a power loss leaves whole:
 //! old or new.
 
-use super::{Header, field, incompatible, u64_at};
+use super::{Header, autoclear, field, incompatible, u64_at};
 use crate::block::error::Result;
 use crate::block::qcow2::units::HostOffset;
 use crate::block::storage::Storage;
@@ -46,19 +46,21 @@ impl Header {
         .await
     }
 
-    /// Clears the auto-clear bits, as must be before the first write by a program that does not keep
-    /// up what they stand for. Not durable before a flush.
+    /// Clears the auto-clear bits that are not known, as must be before the first write by a program that
+    /// does not keep up what they stand for. True if there were some: not durable before a flush.
     ///
     /// # Errors
     /// Those of reading and writing the first sector.
-    pub async fn clear_autoclear(&self, io: &Io, storage: &Storage) -> Result<()> {
-        if self.version < 3 || self.autoclear == 0 {
-            return Ok(());
+    pub async fn clear_autoclear(&self, io: &Io, storage: &Storage) -> Result<bool> {
+        let kept = self.autoclear & autoclear::KEPT_UP;
+        if kept == self.autoclear {
+            return Ok(false);
         }
         self.update(io, storage, |sector| {
-            put(sector, field::AUTOCLEAR, &0u64.to_be_bytes());
+            put(sector, field::AUTOCLEAR, &kept.to_be_bytes());
         })
-        .await
+        .await?;
+        Ok(true)
     }
 
     /// Sets the corrupt bit, so that nobody writes to the image before it is repaired. Version 2 has no

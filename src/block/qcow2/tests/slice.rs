@@ -65,7 +65,7 @@ fn any_sequence_of_entries_comes_back_from_memory_and_goes_to_the_file() {
             .collect();
         // Every seventh is not to be used.
         let wrong = |raw: u64| raw % 7 == 3 || entry::is_marker(raw);
-        let slice = Slice::new(5, shape, loaded.iter().copied(), |raw, _| !wrong(raw));
+        let slice = Slice::new(5, shape, loaded.iter().copied(), |_, raw, _| !wrong(raw));
         assert!(slice.bytes() >= shape.bytes());
         // What is in memory, and what belongs into the file.
         let mut memory: Vec<(u64, u64)> = loaded.clone();
@@ -164,7 +164,7 @@ fn number_of(raw: u64) -> u64 {
 #[test]
 fn readers_see_what_was_published_and_in_that_order() {
     let first = std::iter::once((numbered(0), 0));
-    let slice = Slice::new(0, shape(16, 512, false), first, |_, _| true);
+    let slice = Slice::new(0, shape(16, 512, false), first, |_, _, _| true);
     race(
         |number| {
             slice.publish_pair(0, numbered(number), 0);
@@ -177,7 +177,7 @@ fn readers_see_what_was_published_and_in_that_order() {
 fn readers_see_an_entry_with_its_own_bitmap() {
     let bitmap = |number: u64| number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let first = [(numbered(0), bitmap(0)), (numbered(0), bitmap(0))];
-    let slice = Slice::new(0, shape(16, 256, true), first.into_iter(), |_, _| true);
+    let slice = Slice::new(0, shape(16, 256, true), first.into_iter(), |_, _, _| true);
     let busy = |number: u64| {
         slice.publish_pair(1, numbered(number), bitmap(number));
     };
@@ -204,7 +204,7 @@ fn two_writers_to_one_slice_tear_nothing_even_where_values_come_back() {
         0,
         shape(16, 256, true),
         std::iter::repeat_n(pairs(0), 2),
-        |_, _| true,
+        |_, _, _| true,
     );
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
