@@ -38,6 +38,7 @@ impl Qcow2 {
         if self.header.version < 3 && self.has_backing {
             return Ok(());
         }
+        self.note_change(io, offset, len).await?;
         if self.is_raw_data() {
             return self.zero_bytes(io, &(), offset, len, true).await;
         }
@@ -62,6 +63,7 @@ impl Qcow2 {
     ) -> Result<()> {
         self.check_range(offset, len)?;
         self.check_writes()?;
+        self.note_change(io, offset, len).await?;
         if self.is_raw_data() {
             return self.zero_bytes(io, below, offset, len, may_unmap).await;
         }

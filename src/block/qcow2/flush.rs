@@ -180,7 +180,10 @@ impl Qcow2 {
             return Ok(());
         };
         self.end_fill_ahead().await;
-        let flushed = self.flush(io, below).await;
+        let mut flushed = self.flush(io, below).await;
+        if let (Ok(()), Some(bitmaps)) = (&flushed, &self.bitmaps) {
+            flushed = bitmaps.store(io, &self.storage, &self.header, alloc).await;
+        }
         // Also after an error: arenas must be stopped, and the more is given back the better.
         let closed = alloc.close(io).await;
         flushed.and(closed)

@@ -65,7 +65,7 @@ pub mod autoclear {
     /// The external data file is a raw image by itself.
     pub const RAW_EXTERNAL: u64 = 1 << 1;
     /// What writing keeps up.
-    pub const KEPT_UP: u64 = RAW_EXTERNAL;
+    pub const KEPT_UP: u64 = BITMAPS | RAW_EXTERNAL;
 }
 
 /// The backing file that the header names. Whether it may be opened is not decided here.
@@ -485,18 +485,6 @@ impl Header {
                     "the image has {} internal snapshot(s), and writing to such images is not supported; \
                      open it read-only, or delete them with: qemu-img snapshot -d NAME {}",
                     self.snapshots,
-                    self.path.display()
-                ),
-            ));
-        }
-        if self.autoclear & autoclear::BITMAPS != 0 {
-            return Err(Error::image(
-                ErrorKind::Unsupported,
-                &self.path,
-                88,
-                format!(
-                    "the image has persistent bitmaps, and writing to such images is not supported; \
-                     open it read-only, or remove them with: qemu-img bitmap --remove {} NAME",
                     self.path.display()
                 ),
             ));

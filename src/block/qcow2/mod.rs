@@ -14,12 +14,14 @@
 //! | `alloc`, `refill`, `arena`, `limbo` | host clusters: handed out, made ready, freed |
 //! | `reftable`, `refcount` | the refcount table, its blocks and their entries |
 //! | `resize` | another size of the disk |
+//! | [`bitmaps`] | persistent bitmaps: kept up while the image is written to |
 //! | [`check`] | counting references, as `qemu-img check` does |
 //! | `flush` | from memory to the file, in the order that survives a power loss |
 
 mod alloc;
 mod arena;
 mod below;
+pub mod bitmaps;
 pub mod check;
 mod claim;
 mod code;
@@ -62,7 +64,10 @@ pub use map::Extent;
 pub use open::Options;
 pub use units::{Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset};
 
+use super::error::Result;
 use super::storage::Storage;
+use crate::reactor::Io;
+use bitmaps::Upkeep;
 use flush::Flushes;
 use inflated::Inflated;
 use record::Records;
@@ -83,6 +88,8 @@ pub struct Qcow2 {
     /// None: opened read-only.
     alloc: Option<Arc<Allocator>>,
     has_backing: bool,
+    /// The bitmaps that follow what is written; none for most images.
+    bitmaps: Option<Box<Upkeep>>,
     flushes: Flushes,
     inflated: Inflated,
     /// Of images with extended L2 entries: what is being changed.
@@ -111,6 +118,15 @@ impl Qcow2 {
     #[inline]
     pub fn data(&self) -> &Storage {
         &self.data
+    }
+
+    /// To be called before the bytes of a range change: notes it in the bitmaps, if there are some.
+    #[inline]
+    async fn note_change(&self, io: &Io, offset: u64, len: u64) -> Result<()> {
+        match &self.bitmaps {
+            None => Ok(()),
+            Some(bitmaps) => bitmaps.note(io, &self.storage, offset, len).await,
+        }
     }
 
     /// True if guest data lies in a file of its own.

@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::Qcow2;
 use super::alloc::Allocator;
+use super::bitmaps::Upkeep;
 use super::data_file;
 use super::extended::Reservations;
 use super::flush::Flushes;
@@ -64,13 +65,14 @@ impl Qcow2 {
             header.check_writable()?;
         }
         let tables = Tables::open(io, &storage, &header, write, options.l2_cache_bytes).await?;
-        let mut alloc = None;
+        let (mut alloc, mut bitmaps) = (None, None);
         if write {
             let new = Allocator::open(io, &storage, &header, options.workers).await?;
             for range in tables.metadata() {
                 let count = range.end - range.start;
                 new.reserve_metadata(HostCluster(range.start), count, "L1 or an L2 table")?;
             }
+            bitmaps = Upkeep::open(io, &storage, &header, &new).await?;
             alloc = Some(Arc::new(new));
             // What these bits stand for is not kept up: they go before anything else changes.
             if header.clear_autoclear(io, &storage).await? {
@@ -87,6 +89,7 @@ impl Qcow2 {
             tables,
             alloc,
             has_backing: options.has_backing,
+            bitmaps,
             flushes: Flushes::default(),
             reservations: Reservations::default(),
             new_table: async_lock::Mutex::new(()),

@@ -9,6 +9,7 @@ use crate::block::error::{ErrorKind, Result};
 use crate::block::sim::{Sim, SimStorage, random};
 use crate::reactor::{Epochs, Io, IoConfig, Sg};
 
+mod bitmaps;
 mod compressed;
 mod concurrent;
 mod cow;

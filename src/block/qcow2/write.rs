@@ -70,6 +70,7 @@ impl Qcow2 {
     ) -> Result<()> {
         self.check_range(offset, from.len() as u64)?;
         self.check_writes()?;
+        self.note_change(io, offset, from.len() as u64).await?;
         // The common case: the whole range lies in one piece, in clusters that are ours alone.
         if let Target::InPlace { host, len } = self.target(offset, from.len() as u64) {
             if len == from.len() as u64 {
