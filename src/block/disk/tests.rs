@@ -101,7 +101,7 @@ impl Folder {
 }
 
 /// A version 3 image of 4 KiB clusters with nothing allocated.
-fn empty_qcow2(size: u64, backing: Option<(&str, Option<&str>)>) -> Vec<u8> {
+pub(super) fn empty_qcow2(size: u64, backing: Option<(&str, Option<&str>)>) -> Vec<u8> {
     let mut image = vec![0; 4 * 4096];
     let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
     put(0, b"QFI\xfb");
@@ -129,7 +129,7 @@ fn empty_qcow2(size: u64, backing: Option<(&str, Option<&str>)>) -> Vec<u8> {
     image
 }
 
-fn overlay(backing: &str) -> Vec<u8> {
+pub(super) fn overlay(backing: &str) -> Vec<u8> {
     empty_qcow2(1 << 20, Some((backing, Some("qcow2"))))
 }
 

@@ -10,6 +10,7 @@ use crate::block::sim::{Sim, SimStorage, random};
 use crate::reactor::{Epochs, Io, IoConfig, Sg};
 
 mod bitmaps;
+mod chain;
 mod compressed;
 mod concurrent;
 mod cow;
