@@ -1,6 +1,8 @@
 //! A disk: what the user asked for, opened but not yet in use; and its life from there.
 
 #[cfg(test)]
+mod bitmap_tests;
+#[cfg(test)]
 mod chain_tests;
 #[cfg(test)]
 mod data_file_tests;
