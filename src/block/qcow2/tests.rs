@@ -21,6 +21,7 @@ mod faults;
 mod fresh;
 mod history;
 mod judge;
+mod kinds;
 mod memory;
 mod read;
 mod resize;

@@ -131,6 +131,7 @@ fn pieces_of_a_cluster_read_in_turn_decompress_it_once() {
             let mut all = io.buf(65536);
             read(&io, &image, &(), 0, all.sg()).await.expect("read");
             assert!(all[4096..4608] == [1; 512] && all[..4096] == model[..4096]);
+            image.flush(&io, &()).await.expect("flush");
             let before = image.inflated.decompressed();
             assert_eq!(image.inflated.kept(), 15);
             let mut last = io.buf(4096);
