@@ -58,7 +58,8 @@ pub struct Sim {
     pub promises_zeros: bool,
     /// Discarded bytes read as garbage, not as zeros.
     pub discard_garbage: bool,
-    /// A write that is made to fail may have written some of its sectors.
+    /// A write that is made to fail may have written some of its sectors, a read have filled half of its
+    /// memory.
     pub torn_failures: bool,
 }
 
@@ -408,7 +409,22 @@ impl SimStorage {
     }
 
     pub(super) async fn read(&self, io: &Io, offset: u64, to: Sg<'_>) -> Result<()> {
-        self.begin(Kind::Read, offset, None).0?;
+        let (begun, without_effect) = self.begin(Kind::Read, offset, None);
+        let to = match begun {
+            // What was read before the failure is there, and the rest is not what it was.
+            Err(error) if self.state().config.torn_failures && !without_effect => {
+                to.zero();
+                let (half, _) = to.split_at(to.len() / 2);
+                half.copy_from(
+                    self.state()
+                        .current
+                        .get(offset as usize..)
+                        .unwrap_or_default(),
+                );
+                return Err(error);
+            }
+            begun => begun.map(|()| to)?,
+        };
         self.state().bytes_read += to.len() as u64;
         self.delay(io).await;
         let state = self.state();

@@ -250,7 +250,7 @@ impl Bench {
                 .expect("open");
             let disk = read_all(&self.io, &image, below).await.expect("read");
             assert_same(&disk, &contents, "as opened after the loss");
-            image.close(&self.io, self.below).await.expect("close");
+            image.close(&self.io, below).await.expect("close");
         });
         let closed = the_sim(&storage).crash_with(|_, _| 0);
         let judge = judge::Judge::new(&closed);
