@@ -1,12 +1,13 @@
 //! Random requests against a model in memory: what is read back is what was written, in every combination of
 //! image, queues and depth; in the end the image is clean and has the model's contents.
 //!
-//! Requests in flight never overlap, so that there is one right answer; `overlapping_writes_…` is the case
-//! where they do.
+//! Requests in flight never overlap, so that there is one right answer; `overlapping_writes_…` and `overlap`
+//! are the cases where they do.
 
 #[path = "../common/mod.rs"]
 mod common;
 mod model;
+mod overlap;
 
 use std::path::Path;
 
