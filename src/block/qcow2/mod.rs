@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | [`units`], [`header`], `entry` | the format's numbers, header and table entries |
 //! | `code`, `slice`, `room`, `tables` | the L1 table and the cache of L2 slices: lock-free to look at |
+//! | `slice`, `marks`, `tables` | the L1 table and the cache of L2 slices: lock-free to look at |
 //! | `map`, `compressed`, `inflated` | reading: from the guest's offset to where its bytes are |
 //! | `claim`, `write`, `discard` | changing: one claimed run of clusters after another |
 //! | `cow`, `record`, `fill` | copy-on-write, put off until it must be done |
@@ -37,6 +38,7 @@ pub mod header;
 mod inflated;
 mod limbo;
 mod map;
+mod marks;
 mod open;
 mod record;
 mod refcount;

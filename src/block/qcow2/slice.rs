@@ -8,28 +8,21 @@
 //!   ([`crate::reactor::Epochs`]).
 //! - **Changing** needs a pin ([`Pinned`]). A pinned slice is never unlinked, so a change cannot get lost
 //!   in a slice that was replaced by a freshly loaded one.
-//! - **Unlinking** takes the pin count from 0 to [`EVICTED`], which makes new pins fail, and then looks at
-//!   the dirty flag: it sees every change made under an earlier pin.
+//! - **Unlinking** needs the slice to be clean and without pins ([`Marks::begin_evict`]).
 //!
 //! An entry takes four bytes ([`code`]). What does not fit is kept in full in the slice's spill, which is
 //! made when it is first needed. In images with extended L2 entries a slice has its bitmaps, too.
 
 use std::ptr::{NonNull, null_mut, slice_from_raw_parts_mut};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use super::code;
 use super::entry;
+use super::marks::Marks;
+pub(super) use super::marks::{DIRTY, ORDERED};
 use super::room::Room;
 use super::units::Geometry;
-
-/// In `pins`: unlinked, or about to be.
-const EVICTED: u32 = 1 << 31;
-
-/// In `dirty`: the slice differs from the file.
-pub(super) const DIRTY: u8 = 1;
-/// In `dirty`: data must be durable before this slice may be written (see `flush`).
-pub(super) const ORDERED: u8 = 2;
 
 /// In `changing`: a pair is being published. Bits 1 to 15 say at which entry; those above count.
 const CHANGING: u64 = 1;
@@ -84,8 +77,7 @@ type Thin = SliceOf<[AtomicU32; 0]>;
 pub(super) struct SliceOf<Codes: ?Sized> {
     /// Number of the slice, over the whole virtual disk.
     pub(super) index: u64,
-    pins: AtomicU32,
-    dirty: AtomicU8,
+    marks: Marks,
     /// Looked at since the clock's hand passed.
     used: AtomicBool,
     shape: Shape,
@@ -129,8 +121,7 @@ impl Slice {
     fn empty<const N: usize>(index: u64, shape: Shape) -> Box<Self> {
         Box::new(SliceOf {
             index,
-            pins: AtomicU32::new(0),
-            dirty: AtomicU8::new(0),
+            marks: Marks::default(),
             used: AtomicBool::new(true),
             shape,
             spill: OnceLock::new(),
@@ -297,27 +288,29 @@ impl Slice {
         self.used.swap(false, Ordering::Relaxed)
     }
 
-    /// Sets flags of [`DIRTY`] and [`ORDERED`]; returns those that were set.
+    /// See [`Marks::set_dirty`].
     pub(super) fn set_dirty(&self, flags: u8) -> u8 {
-        self.dirty.fetch_or(flags, Ordering::AcqRel)
+        self.marks.set_dirty(flags)
     }
 
-    /// Called *before* entries are published that may be written only after their data: whoever copies
-    /// such an entry and asks [`Slice::is_ordered`] afterwards is told, though the slice is not marked
-    /// dirty before the publication is over.
+    /// See [`Marks::note_order`].
     pub(super) fn note_order(&self, ordered: bool) {
-        if ordered {
-            self.dirty.fetch_or(ORDERED, Ordering::AcqRel);
-        }
+        self.marks.note_order(ordered);
     }
 
-    /// True if an entry that was published so far may be written only after a flush of data.
+    /// See [`Marks::is_ordered`].
     pub(super) fn is_ordered(&self) -> bool {
-        self.dirty.load(Ordering::Acquire) & ORDERED != 0
+        self.marks.is_ordered()
     }
 
+    /// See [`Marks::take_dirty`].
     pub(super) fn take_dirty(&self) -> u8 {
-        self.dirty.swap(0, Ordering::AcqRel)
+        self.marks.take_dirty()
+    }
+
+    /// See [`Marks::begin_evict`].
+    pub(super) fn begin_evict(&self) -> bool {
+        self.marks.begin_evict()
     }
 
     /// Copies the entries as the file has them, big-endian. A bad entry is what it was when the slice was
@@ -342,35 +335,6 @@ impl Slice {
                 extension.copy_from_slice(&bitmap.to_be_bytes());
             }
         }
-    }
-
-    /// Readies a clean slice that nobody changes for unlinking: no pin succeeds any more.
-    pub(super) fn begin_evict(&self) -> bool {
-        if self.dirty.load(Ordering::Acquire) != 0 {
-            return false;
-        }
-        let taken = self
-            .pins
-            .compare_exchange(0, EVICTED, Ordering::AcqRel, Ordering::Relaxed)
-            .is_ok();
-        // Whoever dirtied it meanwhile has dropped its pin before, so its flag is seen here.
-        if taken && self.dirty.load(Ordering::Acquire) != 0 {
-            self.pins.store(0, Ordering::Release);
-            return false;
-        }
-        taken
-    }
-
-    fn pin(&self) -> bool {
-        self.pins
-            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, |pins| {
-                (pins & EVICTED == 0).then_some(pins + 1)
-            })
-            .is_ok()
-    }
-
-    fn unpin(&self) {
-        self.pins.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -404,7 +368,7 @@ impl std::ops::Deref for Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        self.unpin();
+        self.marks.unpin();
     }
 }
 
@@ -452,7 +416,7 @@ impl Directory {
     pub(super) fn pin(&self, index: u64) -> Option<Pinned> {
         loop {
             match self.with(index, |slice| {
-                slice.pin().then(|| Pinned(NonNull::from(slice)))
+                slice.marks.pin().then(|| Pinned(NonNull::from(slice)))
             }) {
                 Some(Some(pinned)) => return Some(pinned),
                 // Being unlinked, or found dirty and left alone: a matter of a few instructions.
@@ -472,7 +436,7 @@ impl Directory {
         }
     }
 
-    /// The opposite, for a slice on which [`Slice::begin_evict`] succeeded.
+    /// The opposite, for a slice on which [`Marks::begin_evict`] succeeded.
     pub(super) fn unlink(&self, index: u64) -> Option<Box<Slice>> {
         let slice = self.words.get(index)?.swap(null_mut(), Ordering::AcqRel);
         let slice = self.whole(slice);

@@ -32,4 +32,9 @@ models! {
         nobody_sleeps_through_the_end_of_a_refill
         a_failed_refill_is_told
         idle_ends_when_the_refill_has;
+    slice_models:
+        a_change_against_an_eviction
+        a_change_against_a_flush_and_an_eviction
+        a_change_a_flush_and_an_eviction
+        two_changes_and_a_flush;
 }

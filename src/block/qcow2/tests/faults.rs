@@ -233,7 +233,10 @@ fn life(source: &Source, fault: &Fault, nth: u64) -> bool {
             is_told(&error);
             life.judge_crashes(&what);
             simulated.heal();
-            life.image.close(&io, life.below).await.expect("the second close");
+            life.image
+                .close(&io, life.below)
+                .await
+                .expect("the second close");
         }
     });
     let over = simulated.operations() < nth;

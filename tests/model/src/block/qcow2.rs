@@ -6,5 +6,8 @@ pub mod arena_models;
 #[path = "../../../../src/block/qcow2/limbo.rs"]
 mod limbo;
 pub mod limbo_models;
+#[path = "../../../../src/block/qcow2/marks.rs"]
+mod marks;
 #[path = "../../../../src/block/qcow2/runs.rs"]
 mod runs;
+pub mod slice_models;

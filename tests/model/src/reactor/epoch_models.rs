@@ -1,6 +1,6 @@
 //! What was retired is not used for something else while anybody may still look at it.
 
-use std::sync::Arc;
+use std::rc::Rc;
 
 use loom::cell::UnsafeCell;
 use loom::sync::mpsc::channel;
@@ -49,7 +49,7 @@ impl Thing {
 
 fn against(asks: usize, reader: impl Fn(&Thing, Worker) + Sync + Send + Copy + 'static) {
     explore(move || {
-        let (epochs, thing) = (Epochs::new(), Arc::new(Thing::new()));
+        let (epochs, thing) = (Epochs::new(), Rc::new(Thing::new()));
         let its = (epochs.clone(), thing.clone());
         let thread = thread::spawn(move || {
             let (epochs, thing) = its;
@@ -129,7 +129,7 @@ pub fn requests_that_end_out_of_order() {
 /// Two workers look; a third thread unlinks. One of them goes for good.
 pub fn two_workers_and_one_that_leaves() {
     explore(|| {
-        let (epochs, thing) = (Epochs::new(), Arc::new(Thing::new()));
+        let (epochs, thing) = (Epochs::new(), Rc::new(Thing::new()));
         let threads: Vec<_> = (0..2)
             .map(|n| {
                 let (epochs, thing) = (epochs.clone(), thing.clone());

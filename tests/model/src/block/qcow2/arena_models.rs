@@ -1,5 +1,6 @@
 //! A worker's arena, and who else looks at it: those who wait for a refill, and the closer.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use loom::future::block_on;
@@ -86,7 +87,7 @@ pub fn close_against_a_refill() {
 pub fn one_refill_at_a_time() {
     explore(|| {
         let arena = Arc::new(Arena::new(4));
-        let busy = Arc::new(loom::cell::UnsafeCell::new(()));
+        let busy = Rc::new(loom::cell::UnsafeCell::new(()));
         let threads: Vec<_> = (0..2)
             .map(|n| {
                 let (arena, busy) = (arena.clone(), busy.clone());

@@ -1,5 +1,6 @@
 //! A freed cluster is not handed out before its unlinking is durable and nobody can still look at it.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use loom::cell::UnsafeCell;
@@ -30,9 +31,9 @@ struct Image {
 }
 
 impl Image {
-    fn new() -> Arc<Self> {
+    fn new() -> Rc<Self> {
         let mapped = |n| AtomicU64::new(FIRST + n as u64);
-        Arc::new(Self {
+        Rc::new(Self {
             epochs: Epochs::new(),
             limbo: Limbo::default(),
             map: std::array::from_fn(mapped),
