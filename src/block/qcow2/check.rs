@@ -1,368 +1,369 @@
 //! Is an image consistent? Every reference is counted anew and compared with the refcounts.
 //!
-//! (qcow2.rst, "Host cluster management" and "Cluster mapping".) As `qemu-img check`: a refcount lower
-//! than the references, a pointer to where nothing can be, reserved bits, and a wrong COPIED flag are
-//! errors; a refcount higher than the references is a leak. Nothing is changed.
+//! (qcow2.rst, "Host cluster management", "Cluster mapping", "Snapshots", "Bitmaps".) Counted as
+//! `qemu-img check` counts: a refcount lower than the references, a pointer to where nothing can be,
+//! reserved bits, and a wrong COPIED flag in the active tables are errors; a refcount higher than the
+//! references is a leak. Nothing is changed; `repair` works on what is found here.
+//!
+//! Two entries are errors here that QEMU's check lets pass, because nobody can read them: a zero flag in a
+//! version 2 image (QEMU's own reader refuses it), and COPIED without an offset.
+//!
+//! The image is untrusted. Counts take memory only where something is referenced, up to [`MEMORY`]; an L2
+//! table is read once, however often it is pointed at; and all tables together may not have many times
+//! the bytes of the file. What goes beyond ends the check with an error.
 
-use std::collections::{BTreeMap, HashMap};
-use std::fmt;
+mod bitmaps;
+mod counts;
+mod refcounts;
+mod report;
+mod snapshots;
+mod tables;
 
-use super::entry::{self, Entry};
-use super::header::Header;
+use std::collections::BTreeMap;
+use std::fmt::Display;
+
+pub(super) use counts::{CHUNK, Counts};
+pub use report::{Finding, Fix, Report};
+
+use super::header::{Encryption, Header};
 use super::refcount::Width;
-use super::reftable::read_table;
-use super::runs::{Reserved, Run};
 use super::units::Geometry;
 use crate::block::error::{Error, ErrorKind, Result};
-use crate::block::storage::Storage;
-use crate::reactor::Io;
+use crate::block::storage::{Pending, Storage};
+use crate::reactor::{AlignedBuf, Io};
 
-/// Findings that are told one by one; the others are counted.
-const MAX_FINDINGS: usize = 1000;
-/// Memory for refcount blocks, in bytes.
-const CACHE_BYTES: usize = 32 << 20;
-/// Clusters whose references are counted in one piece of memory.
-const CHUNK: u64 = 4096;
+/// Memory for either kind of counts, in bytes: a byte a cluster where they are dense.
+const MEMORY: usize = 1 << 30;
+/// Reads that are under way at a time, and their bytes together.
+const DEPTH: usize = 32;
+const WINDOW_BYTES: usize = 32 << 20;
+/// Neighbouring tables are read together up to this many bytes.
+const MAX_READ: u64 = 1 << 20;
 
-/// What a check found.
-#[derive(Debug, Default)]
-pub struct Report {
-    /// Inconsistencies that can cost data.
-    pub errors: u64,
-    /// Clusters that are allocated and not, or not that often, used: lost space, nothing else.
-    pub leaks: u64,
-    /// Guest clusters with a host cluster, compressed ones included.
-    pub allocated: u64,
-    /// The first of errors and leaks, in the order in which they were found.
-    pub findings: Vec<Finding>,
-}
-
-impl Report {
-    /// True if there is neither an error nor a leak.
-    pub fn is_clean(&self) -> bool {
-        self.errors + self.leaks == 0
-    }
-
-    fn add(&mut self, leak: bool, offset: u64, what: impl fmt::Display) {
-        match leak {
-            true => self.leaks += 1,
-            false => self.errors += 1,
-        }
-        if self.findings.len() < MAX_FINDINGS {
-            self.findings.push(Finding {
-                leak,
-                offset,
-                what: what.to_string(),
-            });
-        }
-    }
-
-    fn error(&mut self, offset: u64, what: impl fmt::Display) {
-        self.add(false, offset, what);
-    }
-}
-
-/// One error or leak.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Finding {
-    /// A leak; else an error.
-    pub leak: bool,
-    /// Where in the file, in bytes.
-    pub offset: u64,
-    /// What is wrong there.
-    pub what: String,
-}
-
-impl fmt::Display for Finding {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = if self.leak { "leak" } else { "error" };
-        write!(f, "{kind} at offset {:#x}: {}", self.offset, self.what)
-    }
-}
+/// Gets the part of the work that is done, 0.0 to 1.0.
+pub type Progress<'a> = &'a mut dyn FnMut(f64);
 
 /// Checks an image that nobody writes to.
 ///
 /// # Errors
-/// Those of reading, and of [`Header::read`]; [`ErrorKind::Unsupported`] for images with internal
-/// snapshots or bitmaps, whose tables are not walked.
+/// Those of reading, and of [`Header::read`]; [`ErrorKind::Unsupported`] for an image that would need more
+/// memory or time than any sound image of its size.
 pub async fn check(io: &Io, storage: &Storage) -> Result<Report> {
+    check_with(io, storage, &mut |_| {}).await
+}
+
+/// As [`check`], and tells how far it has come.
+///
+/// # Errors
+/// As [`check`].
+pub async fn check_with(io: &Io, storage: &Storage, progress: Progress<'_>) -> Result<Report> {
     let header = Header::read(io, storage).await?;
-    header.check_supported()?;
-    if header.snapshots > 0 || header.bitmaps.is_some() {
-        let what = match header.bitmaps.is_some() {
-            true => "persistent bitmaps",
-            false => "internal snapshots",
-        };
-        let what = format!("images with {what} are not checked here; use: qemu-img check");
-        return Err(Error::image(
-            ErrorKind::Unsupported,
-            storage.path(),
-            None,
-            what,
-        ));
-    }
+    let found = examine(io, storage, &header, Scope::All, progress).await?;
+    Ok(found.report)
+}
+
+/// What is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// Everything.
+    All,
+    /// All but the refcount table and its blocks, which are going to be replaced.
+    WithoutRefcounts,
+}
+
+/// What a check knows at its end.
+pub(super) struct Examined {
+    pub(super) report: Report,
+    /// References that were found, no more than a refcount can say.
+    pub(super) references: Counts,
+    /// Refcounts in the image, as far as its file goes.
+    pub(super) refcounts: Counts,
+    /// Entries of the refcount table that can not be followed, or whose block is something else, too.
+    pub(super) bad_blocks: u64,
+    /// Indices of refcount blocks that are missing though clusters of theirs are referenced.
+    pub(super) missing_blocks: u64,
+    /// Clusters with too low a refcount that two things must not share, ascending.
+    pub(super) overlaps: Vec<u64>,
+}
+
+pub(super) async fn examine(
+    io: &Io,
+    storage: &Storage,
+    header: &Header,
+    scope: Scope,
+    progress: Progress<'_>,
+) -> Result<Examined> {
     let geometry = header.geometry;
     let width = Width::new(geometry.refcount_order).ok_or_else(|| {
         let what = "the refcount order is above 6";
         Error::image(ErrorKind::InvalidImage, storage.path(), 96, what)
     })?;
-    let at = header.refcount_table_offset.0;
-    let bytes = header.refcount_table_clusters << geometry.cluster_bits;
+    // QEMU counts a file in sectors.
+    let len = storage.len().next_multiple_of(512);
     let mut checker = Checker {
         io,
         storage,
+        header,
+        scope,
         geometry,
         width,
-        len: storage.len(),
-        table: read_table(io, storage, at, bytes).await?,
-        blocks: HashMap::new(),
-        references: BTreeMap::new(),
-        metadata: Reserved::default(),
+        len,
+        refcounts: Counts::new(MEMORY),
+        references: Counts::new(MEMORY),
+        metadata: Counts::new(MEMORY),
+        names: BTreeMap::new(),
+        table: Vec::new(),
+        l2: tables::L2Tables::default(),
+        beyond: refcounts::MAX_BEYOND,
+        bad_blocks: 0,
+        missing_blocks: 0,
+        overlaps: Vec::new(),
+        // A sound image's tables do not overlap, so together they are no larger than the file.
+        budget: len.saturating_mul(2).saturating_add(64 << 20),
         report: Report::default(),
     };
-    checker.refer(0, geometry.cluster_size(), Some("header"));
-    checker.mapping(&header).await?;
-    checker.refer(at, bytes, Some("refcount table"));
-    checker.refcount_blocks(at);
-    checker.compare().await?;
-    Ok(checker.report)
+    checker.run(progress).await?;
+    Ok(Examined {
+        report: checker.report,
+        references: checker.references,
+        refcounts: checker.refcounts,
+        bad_blocks: checker.bad_blocks,
+        missing_blocks: checker.missing_blocks,
+        overlaps: checker.overlaps,
+    })
 }
 
 struct Checker<'a> {
     io: &'a Io,
     storage: &'a Storage,
+    header: &'a Header,
+    scope: Scope,
     geometry: Geometry,
     width: Width,
+    /// Bytes of the file.
     len: u64,
-    /// The refcount table; pointers that can not be followed are set to 0.
+    /// What the image says.
+    refcounts: Counts,
+    /// What was found.
+    references: Counts,
+    /// The part of `references` that comes from metadata.
+    metadata: Counts,
+    /// What metadata begins where, by cluster, without L2 tables: (clusters, name).
+    names: BTreeMap<u64, (u64, &'static str)>,
+    /// The refcount table as it is.
     table: Vec<u64>,
-    blocks: HashMap<usize, Box<[u8]>>,
-    /// References found, by cluster, in pieces of [`CHUNK`]; memory for what is referenced only.
-    references: BTreeMap<u64, Box<[u32]>>,
-    metadata: Reserved,
+    l2: tables::L2Tables,
+    /// Refcounts outside the file that may still be looked up.
+    beyond: u32,
+    bad_blocks: u64,
+    missing_blocks: u64,
+    overlaps: Vec<u64>,
+    /// Bytes of tables that may still be read.
+    budget: u64,
     report: Report,
 }
 
 impl Checker<'_> {
-    /// Counts a reference to each cluster that `bytes` at `offset` touch; false if they are not there.
-    /// The file may end inside the last cluster.
-    fn refer(&mut self, offset: u64, bytes: u64, metadata: Option<&'static str>) -> bool {
+    async fn run(&mut self, progress: Progress<'_>) -> Result<()> {
+        let size = self.geometry.cluster_size();
+        self.report.total = self.geometry.clusters(self.header.size);
+        // Refcounts first: COPIED is judged by them.
+        self.read_refcounts().await?;
+        self.refer(0, size, 1, Some("header"))?;
+        self.active_l1().await?;
+        self.snapshots().await?;
+        if self.scope == Scope::All {
+            let at = self.header.refcount_table_offset.0;
+            let bytes = self.header.refcount_table_clusters * size;
+            let there = self.refer(at, bytes, 1, Some("refcount table"))?;
+            self.bad_blocks += u64::from(!there);
+        }
+        if let Encryption::Luks(luks) = self.header.encryption {
+            self.refer(luks.offset.0, luks.len, 1, Some("encryption header"))?;
+        }
+        self.bitmaps().await?;
+        self.l2_tables(progress).await?;
+        if self.scope == Scope::All {
+            self.refcount_blocks()?;
+        }
+        self.compare();
+        progress(1.0);
+        Ok(())
+    }
+
+    fn error(&mut self, offset: u64, fix: Fix, what: impl Display) {
+        self.report.add(1, false, offset, fix, what);
+    }
+
+    /// Counts `times` references to each cluster that `bytes` at `offset` touch; false if they are not
+    /// there. The file may end inside the last cluster.
+    fn refer(
+        &mut self,
+        offset: u64,
+        bytes: u64,
+        times: u64,
+        metadata: Option<&'static str>,
+    ) -> Result<bool> {
+        if bytes == 0 {
+            return Ok(true);
+        }
         let end = offset.saturating_add(bytes);
         if end >= self.len.saturating_add(self.geometry.cluster_size()) {
             let what = metadata.unwrap_or("guest data");
             let what = format!("{what} of {bytes} bytes is beyond the end of the file");
-            self.report.error(offset, what);
-            return false;
+            self.report.add(times, false, offset, Fix::Never, what);
+            return Ok(false);
         }
         let bits = self.geometry.cluster_bits;
-        let run = Run::new(offset >> bits, ((end - 1) >> bits) + 1 - (offset >> bits));
-        for cluster in run.first..run.end() {
-            let chunk = self
-                .references
-                .entry(cluster / CHUNK)
-                .or_insert_with(|| vec![0; CHUNK as usize].into_boxed_slice());
-            let count = &mut chunk[(cluster % CHUNK) as usize];
-            *count = count.saturating_add(1);
+        let (first, last) = (offset >> bits, (end - 1) >> bits);
+        for cluster in first..=last {
+            let added = self.references.add(cluster, times, self.width.max());
+            let excess = added.map_err(|_| self.too_large("references"))?;
+            if excess > 0 {
+                let what = format!(
+                    "more references than a refcount of {} bits can count",
+                    self.geometry.refcount_bits()
+                );
+                let at = cluster << bits;
+                self.report.add(excess, false, at, Fix::Never, what);
+            }
+            if metadata.is_some() {
+                let added = self.metadata.add(cluster, times, u64::MAX);
+                added.map_err(|_| self.too_large("references"))?;
+            }
         }
-        if let Some(what) = metadata {
-            // A clash shows as a refcount too low; the name is for the message.
-            let _ = self.metadata.add(run, what);
+        if let Some(what) = metadata.filter(|what| *what != tables::L2_TABLE) {
+            self.names.entry(first).or_insert((last - first + 1, what));
         }
-        true
+        Ok(true)
     }
 
-    fn references(&self, cluster: u64) -> u64 {
-        let chunk = self.references.get(&(cluster / CHUNK));
-        chunk.map_or(0, |chunk| chunk[(cluster % CHUNK) as usize].into())
+    /// The name of the metadata in a cluster.
+    fn name(&self, cluster: u64) -> Option<&'static str> {
+        let before = self.names.range(..=cluster).next_back();
+        match before {
+            Some((first, (count, name))) if cluster - first < *count => Some(name),
+            _ if self.metadata.get(cluster) > 0 => Some(tables::L2_TABLE),
+            _ => None,
+        }
     }
 
-    /// Walks L1 and L2.
-    async fn mapping(&mut self, header: &Header) -> Result<()> {
-        if header.l1_entries == 0 {
-            return Ok(());
-        }
-        let (at, bytes) = (header.l1_offset.0, header.l1_entries * 8);
-        if !self.refer(at, bytes, Some("L1 table")) {
-            return Ok(());
-        }
-        let table = read_table(self.io, self.storage, at, bytes).await?;
-        for (index, raw) in table.into_iter().enumerate() {
-            let place = at + index as u64 * 8;
-            if raw == 0 {
-                continue;
-            }
-            if !entry::l1_is_well_formed(raw, &self.geometry) {
-                let what = format!("L1 entry {index} ({raw:#x}) is not valid");
-                self.report.error(place, what);
-                continue;
-            }
-            let offset = entry::l1_offset(raw);
-            if offset == 0 {
-                continue;
-            }
-            let size = self.geometry.cluster_size();
-            if self.refer(offset, size, Some("L2 table")) {
-                self.copied(place, raw, offset).await?;
-                self.l2_table(offset, header.version).await?;
-            }
-        }
+    /// Two things that must not share a cluster share this one. Data, and L2 tables, may be shared: that is
+    /// what refcounts are for.
+    fn is_overlap(&self, cluster: u64) -> bool {
+        let metadata = self.metadata.get(cluster);
+        let offset = cluster << self.geometry.cluster_bits;
+        metadata > 0
+            && (self.references.get(cluster) != metadata
+                || (metadata > 1 && self.l2.times(offset) != metadata))
+    }
+
+    #[cold]
+    fn too_large(&self, what: &str) -> Error {
+        let mib = MEMORY >> 20;
+        let what = format!("counting its {what} would take more than {mib} MiB of memory");
+        Error::image(ErrorKind::Unsupported, self.storage.path(), None, what)
+            .hint("qemu-img check has no such limit; no sound image of a usual size comes to it")
+    }
+
+    /// Takes `bytes` that are about to be read off what may be read.
+    fn charge(&mut self, bytes: u64) -> Result<()> {
+        self.budget = self.budget.checked_sub(bytes).ok_or_else(|| {
+            let what = "its tables overlap: together they are several times as large as the file";
+            Error::image(ErrorKind::Corrupt, self.storage.path(), None, what)
+                .hint("the check was ended; the image is damaged beyond what can be counted")
+        })?;
         Ok(())
     }
 
-    async fn l2_table(&mut self, at: u64, version: u32) -> Result<()> {
-        let size = self.geometry.cluster_size();
-        let table = read_table(self.io, self.storage, at, size).await?;
-        for (index, raw) in table.into_iter().enumerate() {
-            if raw == 0 {
-                continue;
-            }
-            let place = at + index as u64 * 8;
-            if !entry::is_well_formed(raw, &self.geometry, version) {
-                let what = format!("L2 entry {index} ({raw:#x}) is not valid");
-                self.report.error(place, what);
-                continue;
-            }
-            match entry::decode(raw, &self.geometry) {
-                Entry::Compressed(data) => {
-                    self.report.allocated += 1;
-                    self.refer(data.offset.0, data.bytes, None);
+    /// Compares refcounts and references.
+    fn compare(&mut self) {
+        let whole = self.len.div_ceil(self.geometry.cluster_size());
+        let clusters = whole.max(self.references.end());
+        let mut pieces: Vec<u64> = self.references.pieces().collect();
+        pieces.extend(self.refcounts.pieces());
+        pieces.sort_unstable();
+        pieces.dedup();
+        let mut missing = None;
+        let mut highest = 0;
+        for piece in pieces {
+            for cluster in piece..(piece + counts::CHUNK).min(clusters) {
+                let (count, found) = (self.refcounts.get(cluster), self.references.get(cluster));
+                if count > 0 || found > 0 {
+                    highest = cluster;
                 }
-                // Nobody counts references to clusters of a data file.
-                Entry::Data { .. } | Entry::Zero { host: Some(_), .. }
-                    if self.geometry.data_file =>
-                {
-                    self.report.allocated += 1;
+                if count != found {
+                    self.judge(cluster, count, found);
                 }
-                Entry::Data { host, .. }
-                | Entry::Zero {
-                    host: Some(host), ..
-                } => {
-                    self.report.allocated += 1;
-                    if self.refer(host.0, size, None) {
-                        self.copied(place, raw, host.0).await?;
+                if found > 0 && count == 0 {
+                    let block = cluster >> self.width.entries_bits(self.geometry.cluster_bits);
+                    if missing != Some(block) && !self.has_block(block) {
+                        missing = Some(block);
+                        self.missing_blocks += 1;
                     }
                 }
-                Entry::Unallocated
-                | Entry::Zero { host: None, .. }
-                | Entry::Incomplete(_)
-                | Entry::Bad => {}
             }
         }
-        Ok(())
+        self.report.image_end = (highest + 1) << self.geometry.cluster_bits;
     }
 
-    /// The COPIED flag says whether the refcount is exactly one.
-    async fn copied(&mut self, place: u64, raw: u64, offset: u64) -> Result<()> {
-        let count = self.count(offset >> self.geometry.cluster_bits).await?;
-        if (raw & entry::COPIED != 0) != (count == 1) {
-            let flag = if count == 1 { "lacks" } else { "has" };
-            let what = format!(
-                "the entry {flag} the COPIED flag; its cluster at {offset:#x} has refcount {count}"
-            );
-            self.report.error(place, what);
-        }
-        Ok(())
-    }
-
-    /// Checks the table's pointers and counts the blocks.
-    fn refcount_blocks(&mut self, table: u64) {
-        let size = self.geometry.cluster_size();
-        for index in 0..self.table.len() {
-            let offset = self.table[index];
-            if offset == 0 {
-                continue;
-            }
-            let place = table + index as u64 * 8;
-            if !self.geometry.is_aligned(offset) || offset >= self.len {
-                let what = format!("refcount block {index} at {offset:#x} can not be there");
-                self.report.error(place, what);
-                self.table[index] = 0;
-            } else if self.refer(offset, size, Some("refcount block"))
-                && self.references(offset >> self.geometry.cluster_bits) > 1
-            {
-                let what = format!("refcount block {index} overlaps something else");
-                self.report.error(offset, what);
-            }
-        }
-    }
-
-    /// A refcount block's bytes, unless there is none.
-    async fn block(&mut self, index: usize) -> Result<Option<&[u8]>> {
-        let offset = self.table.get(index).copied().unwrap_or(0);
-        if offset == 0 || !self.geometry.is_aligned(offset) || offset >= self.len {
-            return Ok(None);
-        }
-        if !self.blocks.contains_key(&index) {
-            let size = self.geometry.cluster_size() as usize;
-            if (self.blocks.len() + 1) * size > CACHE_BYTES {
-                self.blocks.clear();
-            }
-            let mut buf = self.io.buf(size);
-            self.storage.read(self.io, offset, buf.sg()).await?;
-            self.blocks.insert(index, (*buf).into());
-        }
-        Ok(self.blocks.get(&index).map(|block| &block[..]))
-    }
-
-    /// A cluster's refcount on disk.
-    async fn count(&mut self, cluster: u64) -> Result<u64> {
-        let (width, bits) = (
-            self.width,
-            self.width.entries_bits(self.geometry.cluster_bits),
-        );
-        let block = self.block((cluster >> bits) as usize).await?;
-        let entry = (cluster & ((1 << bits) - 1)) as usize;
-        Ok(block.map_or(0, |block| width.get(block, entry)))
-    }
-
-    /// Compares refcounts and references, block by block and then where there is no block.
-    async fn compare(&mut self) -> Result<()> {
-        let clusters = self.geometry.clusters(self.len);
-        let bits = self.width.entries_bits(self.geometry.cluster_bits);
-        for index in 0..self.table.len() {
-            let width = self.width;
-            let first = (index as u64) << bits;
-            if self.table[index] == 0 || first >= clusters {
-                continue;
-            }
-            let Some(block) = self.block(index).await?.map(<[u8]>::to_vec) else {
-                continue;
-            };
-            for cluster in first..(first + (1 << bits)).min(clusters) {
-                self.judge(cluster, width.get(&block, (cluster - first) as usize));
-            }
-        }
-        let uncounted: Vec<u64> = self
-            .references
-            .iter()
-            .flat_map(|(chunk, counts)| (chunk * CHUNK..).zip(counts.iter()))
-            .filter(|(_, count)| **count > 0)
-            .map(|(cluster, _)| cluster)
-            .filter(|cluster| {
-                self.table
-                    .get((cluster >> bits) as usize)
-                    .is_none_or(|b| *b == 0)
-            })
-            .collect();
-        for cluster in uncounted {
-            self.judge(cluster, 0);
-        }
-        Ok(())
-    }
-
-    fn judge(&mut self, cluster: u64, count: u64) {
-        let references = self.references(cluster);
-        if count == references {
-            return;
-        }
-        let holds = self.metadata.clash(Run::new(cluster, 1));
-        let holds = holds.map_or(String::new(), |(_, what)| format!(" (the {what} is here)"));
-        let what = format!("refcount {count}, references {references}{holds}");
+    fn judge(&mut self, cluster: u64, count: u64, found: u64) {
+        let holds = self.name(cluster);
+        let holds = holds.map_or(String::new(), |what| format!(" (the {what} is here)"));
+        let what = format!("refcount {count}, references {found}{holds}");
         let offset = cluster << self.geometry.cluster_bits;
-        self.report.add(count > references, offset, what);
+        match (count > found, self.is_overlap(cluster)) {
+            (true, _) => self.report.add(1, true, offset, Fix::Leaks, what),
+            (false, false) => self.report.add(1, false, offset, Fix::All, what),
+            (false, true) => {
+                self.overlaps.push(cluster);
+                let what = format!("{what}: other things are in the same place");
+                self.report.add(1, false, offset, Fix::Never, what);
+            }
+        }
+    }
+
+    /// A table of `bytes` at `offset`, up to the end of the file; zeros follow from there.
+    async fn read_words(&mut self, offset: u64, bytes: u64) -> Result<Vec<u64>> {
+        let there = bytes.min(self.len.saturating_sub(offset)) / 8 * 8;
+        self.charge(there)?;
+        super::reftable::read_table(self.io, self.storage, offset, there).await
     }
 }
 
+/// Reads the pieces at `places`, ascending, of `size` bytes each: neighbours together, and several reads at a
+/// time. Returns where each read began, and its bytes.
+pub(super) async fn read_window(
+    io: &Io,
+    storage: &Storage,
+    places: &[u64],
+    size: u64,
+) -> Result<Vec<(u64, AlignedBuf)>> {
+    let most = (MAX_READ / size).max(1) as usize;
+    let neighbours = |a: &u64, b: &u64| a + size == *b;
+    let mut bufs: Vec<(u64, AlignedBuf)> = places
+        .chunk_by(neighbours)
+        .flat_map(|run| run.chunks(most))
+        .map(|run| (run[0], io.buf(run.len() * size as usize)))
+        .collect();
+    for batch in bufs.chunks_mut(DEPTH) {
+        let begun: Vec<Pending<'_>> = batch
+            .iter_mut()
+            .map(|(at, buf)| storage.begin_read(io, *at, buf.sg()))
+            .collect();
+        let mut result = Ok(());
+        for read in begun {
+            result = result.and(read.finish(io).await);
+        }
+        result?;
+    }
+    Ok(bufs)
+}
+
+/// How many pieces of `size` bytes are read by one [`read_window`].
+pub(super) fn window(size: u64) -> usize {
+    (WINDOW_BYTES / size as usize).clamp(1, 4096)
+}
+
 #[cfg(test)]
-#[path = "check_tests.rs"]
-mod tests;
+pub(super) mod tests;

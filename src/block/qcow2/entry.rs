@@ -7,7 +7,7 @@ use super::units::{Geometry, HostCluster, HostOffset};
 /// The cluster (or L2 table) is referenced exactly once.
 pub(super) const COPIED: u64 = 1 << 63;
 /// A compressed cluster.
-const COMPRESSED: u64 = 1 << 62;
+pub(super) const COMPRESSED: u64 = 1 << 62;
 /// Reads as zeros, whatever the host cluster holds (version 3).
 pub(super) const ZERO: u64 = 1;
 /// Bits 9 to 55: the host offset.
