@@ -228,6 +228,10 @@ fn spec(disk: &DiskConfig) -> DiskSpec {
             BackingCache::None => block::CacheMode::None,
             BackingCache::Writeback => block::CacheMode::Writeback,
         },
+        on_dirty: match disk.on_dirty {
+            config::OnDirty::Repair => block::OnDirty::Repair,
+            config::OnDirty::Refuse => block::OnDirty::Refuse,
+        },
         allow_paths: disk.allow_paths.clone(),
         l2_cache_bytes: disk.l2_cache_size,
         data_file: disk.data_file.clone(),

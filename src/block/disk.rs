@@ -187,6 +187,7 @@ impl Disk {
                         l2_cache_bytes: self.spec.l2_cache_bytes,
                         workers,
                         has_backing: level + 1 < links.len(),
+                        on_dirty: self.spec.on_dirty,
                     };
                     let data = link.data.as_ref().map(|data| data.storage.clone());
                     let open = Qcow2::open_with_data(io, storage, data, header, options);

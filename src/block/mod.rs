@@ -31,5 +31,6 @@ pub use file::{FileOptions, FileStorage};
 pub use layer::{Layer, Mapping, Raw};
 pub use lock::Role;
 pub use null::NullStorage;
+pub use qcow2::OnDirty;
 pub use stack::read_chain;
 pub use storage::{Limits, Pending, Storage};

@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use super::qcow2::OnDirty;
+
 /// How an image's bytes make a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
@@ -89,6 +91,8 @@ pub struct DiskSpec {
     pub cache: CacheMode,
     /// Caching of the images below it.
     pub backing_cache: CacheMode,
+    /// What to do with a qcow2 image that is to be written to and was not closed by its last writer.
+    pub on_dirty: OnDirty,
     /// Directories and files that backing files may be in, besides the top image's own directory.
     pub allow_paths: Vec<PathBuf>,
     /// The top image's external data file, instead of the one that the image names.
@@ -109,6 +113,7 @@ impl DiskSpec {
             read_only: false,
             cache: CacheMode::None,
             backing_cache: CacheMode::Writeback,
+            on_dirty: OnDirty::default(),
             allow_paths: Vec::new(),
             data_file: None,
             discard: true,

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::{BackingCache, CacheMode, Format, LogLevel, PollMode};
+use super::{BackingCache, CacheMode, Format, LogLevel, OnDirty, PollMode};
 
 /// A disk and its socket: options, or one `[[disk]]` table.
 #[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args, Deserialize)]
@@ -33,6 +33,10 @@ pub struct DiskArgs {
     /// Host cache of the read-only files below a qcow2 image [default: writeback]
     #[arg(long, value_enum)]
     pub backing_cache: Option<BackingCache>,
+
+    /// A qcow2 image that its last writer did not close [default: repair]
+    #[arg(long, value_enum)]
+    pub on_dirty: Option<OnDirty>,
 
     /// Another directory that backing and data files may be in; can be repeated
     #[arg(long, value_name = "DIR")]

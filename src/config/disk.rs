@@ -11,7 +11,8 @@ use super::check::{absolute, invalid, new_file};
 use super::{
     BackingCache, CacheMode, DEFAULT_L2_CACHE_SIZE, DEFAULT_MAX_NUM_QUEUES, DEFAULT_QUEUE_SIZE,
     DEFAULT_SOCKET_MODE, DiskConfig, Error, Format, Host, Key, Listen, MAX_NUM_QUEUES,
-    MAX_QUEUE_SIZE, MAX_SERIAL, MIN_L2_CACHE_SIZE, PassedSocket, Place, Source, host, parse,
+    MAX_QUEUE_SIZE, MAX_SERIAL, MIN_L2_CACHE_SIZE, OnDirty, PassedSocket, Place, Source, host,
+    parse,
 };
 
 /// The longest socket path: `sun_path` of unix(7) less its NUL.
@@ -63,6 +64,7 @@ impl Disk<'_> {
             read_only: args.read_only,
             cache: args.cache.unwrap_or(CacheMode::None),
             backing_cache: args.backing_cache.unwrap_or(BackingCache::Writeback),
+            on_dirty: args.on_dirty.unwrap_or(OnDirty::Repair),
             serial,
             block_size,
             allow_paths,
@@ -216,6 +218,8 @@ impl Disk<'_> {
             Some(self.place.key("format"))
         } else if self.args.backing_cache.is_some() {
             Some(self.place.key("backing-cache"))
+        } else if self.args.on_dirty.is_some() {
+            Some(self.place.key("on-dirty"))
         } else if !self.args.allow_path.is_empty() {
             Some(self.place.key("allow-path"))
         } else if self.args.l2_cache_size.is_some() {

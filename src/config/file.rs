@@ -26,6 +26,7 @@ const DISK: &[&str] = &[
     "l2-cache-size",
     "name",
     "num-queues",
+    "on-dirty",
     "queue-size",
     "read-only",
     "serial",

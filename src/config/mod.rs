@@ -102,6 +102,8 @@ pub struct DiskConfig {
     /// Memory for the mappings of each qcow2 image, in bytes, [`MIN_L2_CACHE_SIZE`] at least. Means nothing
     /// for a raw image and a null device, and is the default then.
     pub l2_cache_size: u64,
+    /// What to do with a qcow2 image that its last writer did not close.
+    pub on_dirty: OnDirty,
     /// Most queues the guest may use, 1 to [`MAX_NUM_QUEUES`].
     pub num_queues: u16,
     /// Most entries a queue may have, a power of two from 2 to [`MAX_QUEUE_SIZE`].
@@ -176,6 +178,16 @@ pub enum CacheMode {
     Writeback,
     /// Each write is durable before it completes.
     Writethrough,
+}
+
+/// What to do with a qcow2 image whose dirty bit is set: a writer with lazy refcounts did not close it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnDirty {
+    /// Repair it before it is written to.
+    Repair,
+    /// Refuse to write to it.
+    Refuse,
 }
 
 /// How the host caches the read-only files below an image.

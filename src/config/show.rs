@@ -80,6 +80,7 @@ impl fmt::Display for DiskConfig {
         writeln!(f, "cache = {}", word(self.cache))?;
         if self.format == super::Format::Qcow2 {
             writeln!(f, "backing-cache = {}", word(self.backing_cache))?;
+            writeln!(f, "on-dirty = {}", word(self.on_dirty))?;
             let paths: Vec<_> = self
                 .allow_paths
                 .iter()

@@ -104,6 +104,7 @@ fn the_least_command_line_gets_every_default() {
                 read_only: false,
                 cache: CacheMode::None,
                 backing_cache: BackingCache::Writeback,
+                on_dirty: OnDirty::Repair,
                 num_queues: 4,
                 queue_size: 256,
                 serial: config.disks[0].serial.clone(),
@@ -152,6 +153,7 @@ fn two_readers_may_share_an_image() {
 /// All settings but those that exclude one another, on the command line and in a file.
 const ALL_OPTIONS: &str = "--socket-path @/s --socket-mode 0660 --socket-group root \
     --blk-file @/a.img --format qcow2 --read-only --cache writethrough --backing-cache none \
+    --on-dirty refuse \
     --allow-path @/bases --allow-path @/more --l2-cache-size 3M --data-file @/d.img --serial 0123-456 --block-size 4096 \
     --num-queues 8 --queue-size 1024 --name root --workers 2 --cpus 3,0-1 --poll adaptive --poll-max-us 7 --once \
     --pid-file @/pid --log-level debug";
@@ -174,6 +176,7 @@ const ALL_KEYS: &str = "
     read-only = true
     cache = 'writethrough'
     backing-cache = 'none'
+    on-dirty = 'refuse'
     allow-path = ['@/bases', '@/more']
     l2-cache-size = '3072k'
     data-file = '@/d.img'

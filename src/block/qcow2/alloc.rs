@@ -44,6 +44,8 @@ pub struct Allocator {
     pub(super) reserved: Mutex<Reserved>,
     closed: AtomicBool,
     settles: Settles,
+    /// What a task found to be wrong that nobody waited for.
+    damage: Mutex<Option<Error>>,
 }
 
 /// What refills, settling and closing work on, one at a time.
@@ -124,6 +126,7 @@ impl Allocator {
             reserved: Mutex::new(reserved),
             closed: AtomicBool::new(false),
             settles: Settles::default(),
+            damage: Mutex::default(),
         })
     }
 
@@ -287,8 +290,16 @@ impl Allocator {
             let runs = std::mem::take(&mut later.runs);
             if let Err(error) = later.allocator.release(&io, runs).await {
                 log::warn!("giving freed clusters back: {error}");
+                if error.kind() == ErrorKind::Corrupt {
+                    *lock(&later.allocator.damage) = Some(error);
+                }
             }
         });
+    }
+
+    /// What [`Allocator::settle_later`] found to be wrong with the image's metadata, once.
+    pub(super) fn take_damage(&self) -> Option<Error> {
+        lock(&self.damage).take()
     }
 
     /// Waits until no cluster is on its way out of limbo; false: none was.

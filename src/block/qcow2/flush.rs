@@ -97,6 +97,9 @@ impl Qcow2 {
 
     async fn flush_once(&self, io: &Io) -> Result<()> {
         let alloc = self.allocator()?;
+        if let Some(damage) = alloc.take_damage() {
+            self.stop_writing(io, &damage).await;
+        }
         let mark = alloc.mark();
         let mut snapshot = Snapshot::take(&self.tables);
         snapshot.copy(io, &self.records);
@@ -157,6 +160,9 @@ impl Qcow2 {
         below: &B,
         old: Duration,
     ) -> Result<()> {
+        if let Some(damage) = self.alloc.as_ref().and_then(|alloc| alloc.take_damage()) {
+            self.stop_writing(io, &damage).await;
+        }
         let (slices, age) = self.tables.dirty();
         let forgotten = |alloc: &Arc<Allocator>| age.is_none() && alloc.in_limbo() > 0;
         let due = slices >= self.tables.write_back_threshold()
@@ -186,6 +192,9 @@ impl Qcow2 {
         }
         // Also after an error: arenas must be stopped, and the more is given back the better.
         let closed = alloc.close(io).await;
+        if let Some(damage) = alloc.take_damage() {
+            self.stop_writing(io, &damage).await;
+        }
         flushed.and(closed)
     }
 }

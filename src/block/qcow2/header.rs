@@ -375,23 +375,6 @@ impl Header {
     /// # Errors
     /// [`ErrorKind::Unsupported`], by name.
     pub fn check_supported(&self) -> Result<()> {
-        let at = field::INCOMPATIBLE as u64;
-        let refuse = |kind, what: String| Err(Error::image(kind, &self.path, at, what));
-        let check = format!("qemu-img check -r all {}", self.path.display());
-        if self.has(incompatible::CORRUPT) {
-            return refuse(
-                ErrorKind::Unsupported,
-                format!("the image is marked corrupt; repair it with: {check}"),
-            );
-        }
-        if self.has(incompatible::DIRTY) {
-            return refuse(
-                ErrorKind::Unsupported,
-                format!(
-                    "the image was not closed and its refcounts are not valid; repair them with: {check}"
-                ),
-            );
-        }
         match self.encryption {
             Encryption::None => Ok(()),
             Encryption::Aes => Err(self.unsupported(32, "AES encryption")),
@@ -476,6 +459,18 @@ impl Header {
     /// # Errors
     /// [`ErrorKind::Unsupported`], by name.
     pub fn check_writable(&self) -> Result<()> {
+        if self.has(incompatible::CORRUPT) {
+            let check = format!("check -r all {}", self.path.display());
+            return Err(Error::image(
+                ErrorKind::Unsupported,
+                &self.path,
+                field::INCOMPATIBLE as u64,
+                format!(
+                    "the image is marked corrupt and must not be written to; repair it with: virtioblkd \
+                     {check} (or qemu-img {check}), or open it read-only"
+                ),
+            ));
+        }
         if self.snapshots > 0 {
             return Err(Error::image(
                 ErrorKind::Unsupported,

@@ -63,7 +63,7 @@ impl Qcow2 {
             match self.lookup(offset, len) {
                 Found::Extent(extent) => return Ok(extent),
                 Found::Missing(slice) => self.load(io, slice).await?,
-                Found::Bad(cluster) => return Err(self.bad_entry(cluster)),
+                Found::Bad(cluster) => return Err(self.found_bad(io, cluster).await),
             }
         }
     }

@@ -5,8 +5,7 @@
 //! | module | what it does |
 //! | --- | --- |
 //! | [`units`], [`header`], `entry` | the format's numbers, header and table entries |
-//! | `code`, `slice`, `room`, `tables` | the L1 table and the cache of L2 slices: lock-free to look at |
-//! | `slice`, `marks`, `tables` | the L1 table and the cache of L2 slices: lock-free to look at |
+//! | `code`, `slice`, `marks`, `room`, `tables` | the L1 table and the cache of L2 slices: lock-free to look at |
 //! | `map`, `compressed`, `inflated` | reading: from the guest's offset to where its bytes are |
 //! | `claim`, `write`, `discard` | changing: one claimed run of clusters after another |
 //! | `cow`, `record`, `fill` | copy-on-write, put off until it must be done |
@@ -17,6 +16,8 @@
 //! | `resize` | another size of the disk |
 //! | [`bitmaps`] | persistent bitmaps: kept up while the image is written to |
 //! | [`check`] | counting references, as `qemu-img check` does |
+//! | [`repair`] | making refcounts and COPIED flags what the references say |
+//! | `damage` | metadata found to be wrong while the image is in use |
 //! | `flush` | from memory to the file, in the order that survives a power loss |
 
 mod alloc;
@@ -28,6 +29,7 @@ mod claim;
 mod code;
 mod compressed;
 mod cow;
+mod damage;
 mod data_file;
 mod discard;
 mod entry;
@@ -44,6 +46,7 @@ mod record;
 mod refcount;
 mod refill;
 mod reftable;
+pub mod repair;
 mod resize;
 mod room;
 mod runs;
@@ -64,6 +67,7 @@ pub use entry::Compressed;
 pub use header::{BackingName, Header};
 pub use map::Extent;
 pub use open::Options;
+pub use repair::OnDirty;
 pub use units::{Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset};
 
 use super::error::Result;

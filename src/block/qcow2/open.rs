@@ -9,9 +9,10 @@ use super::bitmaps::Upkeep;
 use super::data_file;
 use super::extended::Reservations;
 use super::flush::Flushes;
-use super::header::Header;
+use super::header::{Header, incompatible};
 use super::inflated::Inflated;
 use super::record::Records;
+use super::repair::{self, OnDirty};
 use super::tables::Tables;
 use super::units::HostCluster;
 use crate::block::error::Result;
@@ -29,13 +30,16 @@ pub struct Options {
     pub workers: usize,
     /// There is a layer below: unallocated clusters show it. If not, they are zeros.
     pub has_backing: bool,
+    /// What to do with an image that is to be written to and was not closed by its last writer.
+    pub on_dirty: OnDirty,
 }
 
 impl Qcow2 {
     /// Opens the image of `header`, which was read from `storage` under the same lock.
     ///
     /// # Errors
-    /// [`crate::block::error::ErrorKind::Unsupported`] for what must not be written to,
+    /// [`crate::block::error::ErrorKind::Unsupported`] for what must not be written to, those of
+    /// [`repair::repair`] where the last writer did not close the image,
     /// [`crate::block::error::ErrorKind::Corrupt`] for tables that are not what they should be.
     pub async fn open(
         io: &Io,
@@ -61,8 +65,16 @@ impl Qcow2 {
         header.check_supported()?;
         let data = data_file::place(&header, &storage, data)?;
         let write = !options.read_only;
+        let mut header = header;
         if write {
             header.check_writable()?;
+            header = repair::on_opening(io, &storage, header, options.on_dirty).await?;
+        } else if header.has(incompatible::CORRUPT) {
+            log::warn!(
+                "{}: the image is marked corrupt: what it reads as may be wrong, and some of it may not be \
+                 readable; `virtioblkd check` tells more",
+                storage.path().display()
+            );
         }
         let tables = Tables::open(io, &storage, &header, write, options.l2_cache_bytes).await?;
         let (mut alloc, mut bitmaps) = (None, None);

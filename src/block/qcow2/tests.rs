@@ -15,6 +15,7 @@ mod compressed;
 mod concurrent;
 mod cow;
 mod crash;
+mod damage;
 mod data_file;
 mod extended;
 mod faults;
@@ -141,6 +142,7 @@ async fn open(io: &Io, storage: &Arc<Storage>, options: Options) -> Result<Qcow2
 }
 
 const READ: Options = Options {
+    on_dirty: OnDirty::Repair,
     read_only: true,
     l2_cache_bytes: 1 << 20,
     workers: 0,

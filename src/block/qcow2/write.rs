@@ -219,7 +219,7 @@ impl Qcow2 {
         match target {
             Target::Missing(slice) => self.load(io, slice).await?,
             Target::NoTable(slice) => self.make_table(io, slice).await?,
-            Target::Bad(cluster) => return Err(self.bad_entry(cluster)),
+            Target::Bad(cluster) => return Err(self.found_bad(io, cluster).await),
             Target::InPlace { .. } | Target::Claim | Target::Incomplete => {}
         }
         Ok(0)
@@ -523,8 +523,13 @@ impl Qcow2 {
                 .write_zeroes(io, table.0, g.cluster_size(), false)
                 .await?;
         }
-        self.allocator()?
-            .reserve_metadata(fresh.first(), 1, "L2 table")?;
+        let reserved = self
+            .allocator()?
+            .reserve_metadata(fresh.first(), 1, "L2 table");
+        if let Err(error) = reserved {
+            self.stop_writing(io, &error).await;
+            return Err(error);
+        }
         self.tables.link_table(slice, table, !zeroed);
         fresh.keep();
         Ok(())
@@ -538,26 +543,10 @@ impl Qcow2 {
     /// would do more damage: none comes after that.
     pub(super) async fn allocate(&self, io: &Io, want: u64) -> Result<Fresh<'_>> {
         let result = self.allocator()?.allocate(io, want).await;
-        match &result {
-            Err(error) if error.kind() == ErrorKind::Corrupt => self.stop_writing(io, error).await,
-            _ => {}
+        if let Err(error) = &result {
+            self.note_damage(io, error).await;
         }
         result
-    }
-
-    #[cold]
-    async fn stop_writing(&self, io: &Io, why: &Error) {
-        if self.refuse_writes.swap(true, Ordering::Relaxed) {
-            return;
-        }
-        log::error!("{why}; the image is no longer written to");
-        let mut marked = self.header.mark_corrupt(io, &self.storage).await;
-        if marked.is_ok() {
-            marked = self.storage.flush(io).await;
-        }
-        if let Err(error) = marked {
-            log::error!("marking the image as corrupt: {error}");
-        }
     }
 }
 

@@ -73,6 +73,7 @@ fn what_cannot_be_meant_is_refused_with_what_to_write_instead() {
             "leave out one",
         ),
         ("--backing-cache none", "--backing-cache", "--format qcow2"),
+        ("--on-dirty repair", "--on-dirty", "--format qcow2"),
         ("--allow-path @", "--allow-path", "--format qcow2"),
         ("--l2-cache-size 1M", "--l2-cache-size", "--format qcow2"),
         (

@@ -79,6 +79,23 @@ impl Header {
         .await
     }
 
+    /// Clears the dirty and the corrupt bit of an image that was found to be sound. Not durable before a
+    /// flush.
+    ///
+    /// # Errors
+    /// Those of reading and writing the first sector.
+    pub async fn mark_sound(&self, io: &Io, storage: &Storage) -> Result<()> {
+        if self.version < 3 {
+            return Ok(());
+        }
+        self.update(io, storage, |sector| {
+            let marks = incompatible::DIRTY | incompatible::CORRUPT;
+            let bits = u64_at(sector, field::INCOMPATIBLE) & !marks;
+            put(sector, field::INCOMPATIBLE, &bits.to_be_bytes());
+        })
+        .await
+    }
+
     async fn update(
         &self,
         io: &Io,

@@ -10,6 +10,7 @@ const WRITE: Options = Options {
     l2_cache_bytes: 1 << 20,
     workers: 2,
     has_backing: false,
+    on_dirty: OnDirty::Repair,
 };
 
 fn judge_file(images: &Images, bytes: &[u8], want: &[u8], what: &str) {

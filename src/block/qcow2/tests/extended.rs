@@ -71,6 +71,7 @@ impl Case {
                 l2_cache_bytes: 1 << 20,
                 workers: 2,
                 has_backing: base != Base::None,
+                on_dirty: OnDirty::Repair,
             },
             below,
             subcluster: cluster / 32,

@@ -235,6 +235,7 @@ impl Kind {
             l2_cache_bytes,
             workers: 0,
             has_backing: self.below > 0,
+            on_dirty: OnDirty::Repair,
         }
     }
 }

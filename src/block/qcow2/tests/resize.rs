@@ -85,6 +85,7 @@ impl Case {
             l2_cache_bytes: 0,
             workers: 0,
             has_backing: !below.is_empty(),
+            on_dirty: OnDirty::Repair,
         };
         let image = io.block_on(open(&io, &storage, options)).expect("open");
         let disk = images.contents("a");
@@ -406,6 +407,7 @@ fn power_loss_at_any_step_leaves_the_old_size_or_the_new_one() {
                     l2_cache_bytes: 0,
                     workers: 0,
                     has_backing: !below.is_empty(),
+                    on_dirty: OnDirty::Repair,
                 };
                 let image = io.block_on(open(&io, &storage, options)).expect("open");
                 the_sim(&storage).cut_power_after(after);
@@ -524,6 +526,7 @@ impl Case {
             l2_cache_bytes: 0,
             workers: 0,
             has_backing: !below.is_empty(),
+            on_dirty: OnDirty::Repair,
         };
         let image = io.block_on(open(&io, &storage, options)).expect("open");
         Self {

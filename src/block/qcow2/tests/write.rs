@@ -36,6 +36,7 @@ impl Case {
                 l2_cache_bytes: 1 << 20,
                 workers: 2,
                 has_backing: !below.is_empty(),
+                on_dirty: OnDirty::Repair,
             },
             below: below.to_vec(),
             version: header.version,
