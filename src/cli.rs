@@ -8,10 +8,11 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{CommandFactory, FromArgMatches, Parser};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::config::args::{DiskArgs, ProcessArgs, WorkerArgs};
 use crate::config::{Config, Error, Host, Settings, file};
+use crate::tools::check::CheckArgs;
 
 /// What the process was asked to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +23,15 @@ pub enum Invocation {
     CheckConfig(Config),
     /// Serve the disks.
     Run(Config),
+    /// Check an image, and exit.
+    Check(CheckArgs),
+}
+
+/// What to do instead of serving disks.
+#[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
+pub enum Command {
+    /// Check the consistency of a qcow2 image, and repair it if asked to
+    Check(CheckArgs),
 }
 
 /// The whole command line.
@@ -29,12 +39,17 @@ pub enum Invocation {
 #[command(
     name = "virtioblkd",
     version,
+    args_conflicts_with_subcommands = true,
     about = "A vhost-user block backend: serves raw and qcow2 disks to a KVM/QEMU guest",
     after_help = "One disk is described by options; several, by a file given to --config.\n\
                   Environment: RUST_LOG chooses what is logged, as in env_logger, when \
                   --log-level does not."
 )]
 pub struct CommandLine {
+    /// What to do instead of serving disks.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
     /// Read everything from this TOML file, which can describe several disks
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -94,6 +109,9 @@ where
     let command = CommandLine::command();
     let matches = command.clone().try_get_matches_from(args)?;
     let line = CommandLine::from_arg_matches(&matches)?;
+    if let Some(Command::Check(args)) = line.command {
+        return Ok(Invocation::Check(args));
+    }
 
     let settings = match &line.config {
         None => Settings::from_command_line(line.disk, line.workers, line.process),

@@ -8,6 +8,7 @@
 //! | room | what lives there |
 //! | --- | --- |
 //! | [`cli`], [`config`] | what the user wrote; what it means once checked |
+//! | [`tools`] | subcommands that work on an image and end |
 //! | [`assembly`] | from a checked configuration to a running daemon |
 //! | [`daemon`] | the life cycle: listen, serve one VMM, listen again, signals |
 //! | [`vhost_user`] | the control plane: one connection with a VMM |
@@ -27,5 +28,6 @@ pub mod daemon;
 pub mod dataplane;
 pub mod reactor;
 mod sync;
+pub mod tools;
 pub mod vhost_user;
 pub mod virtio;

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use virtioblkd::assembly;
 use virtioblkd::cli::{self, Invocation};
+use virtioblkd::tools;
 
 fn main() -> ExitCode {
     match cli::load() {
@@ -16,6 +17,7 @@ fn main() -> ExitCode {
                 return ExitCode::FAILURE;
             }
         }
+        Ok(Invocation::Check(args)) => return tools::check::run(&args).into(),
         Err(error) => error.exit(),
     }
     ExitCode::SUCCESS

@@ -1,0 +1,3 @@
+//! Subcommands: what the program does with an image besides serving it.
+
+pub mod check;
