@@ -148,10 +148,10 @@ async fn write(io: &Io, path: &Path) -> Result<u64> {
         drop(pin);
         if n % 5 == 4 {
             // What fails here is told by the next request, or by nobody.
-            let _ = image.flush(io).await;
+            let _ = image.flush(io, &()).await;
         }
     }
     // An image that turned out to be damaged may not be closed without an error.
-    let _ = image.close(io).await;
+    let _ = image.close(io, &()).await;
     Ok(good)
 }

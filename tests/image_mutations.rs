@@ -115,7 +115,7 @@ fn images(dir: &Path) -> Vec<(&'static str, Vec<u8>)> {
             io("write -P 1 0 60k");
             io("write -P 2 500k 10k");
             if !["refcounts of 1 bit", "data file"].contains(&name) {
-                io("write -c -P 3 800k 64k");
+                io("write -c -P 3 832k 64k");
             }
             if name == "snapshots" {
                 run("qemu-img", &["snapshot", "-c", "one", path]);

@@ -17,7 +17,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
 use super::arena::{Arena, Stock};
-use super::header::Header;
+use super::header::{Header, autoclear};
+use super::leaks::Leaks;
 use super::limbo::{Limbo, Mark};
 use super::reftable::Refcounts;
 use super::runs::{FreeRuns, Reserved, Run, merge};
@@ -42,6 +43,8 @@ pub struct Allocator {
     /// Allocated clusters that nobody owns: given back, or of an attempt that failed.
     pub(super) orphans: Mutex<Vec<Run>>,
     pub(super) reserved: Mutex<Reserved>,
+    pub(super) header: Header,
+    leaks: Leaks,
     closed: AtomicBool,
     settles: Settles,
     /// What a task found to be wrong that nobody waited for.
@@ -61,6 +64,8 @@ pub(super) struct Slow {
     pub(super) floor: u64,
     /// A scan of everything may find something.
     pub(super) maybe_free: bool,
+    /// The header says, durably, that clusters are taken ahead of need.
+    pub(super) marked: bool,
 }
 
 impl Slow {
@@ -105,6 +110,8 @@ impl Allocator {
         let file_end = geometry.clusters(storage.len());
         let mut reserved = Reserved::default();
         let counts = Refcounts::open(io, storage, header, file_end, &mut reserved).await?;
+        let leaks = Leaks::new(header, storage);
+        reserved.runs().for_each(|run| leaks.touch(run));
         let max_arena = (MAX_ARENA_BYTES >> geometry.cluster_bits).clamp(1, MAX_ARENA_CLUSTERS);
         // What the table does not cover is free by definition, whatever the file holds there.
         let frontier = file_end.min(counts.covered());
@@ -120,10 +127,13 @@ impl Allocator {
                 frontier,
                 floor: frontier,
                 maybe_free: true,
+                marked: header.autoclear & autoclear::ARENAS != 0,
             }),
             limbo: Limbo::default(),
             orphans: Mutex::default(),
             reserved: Mutex::new(reserved),
+            header: header.clone(),
+            leaks,
             closed: AtomicBool::new(false),
             settles: Settles::default(),
             damage: Mutex::default(),
@@ -141,6 +151,7 @@ impl Allocator {
         count: u64,
         what: &'static str,
     ) -> Result<()> {
+        self.leaks.touch(Run::new(first.0, count));
         let clash = lock(&self.reserved).add(Run::new(first.0, count), what);
         clash.map_err(|there| self.corrupt(first.0, format!("the {what} overlaps the {there}")))
     }
@@ -249,6 +260,7 @@ impl Allocator {
     /// unlinking them. Each loses one reference when it leaves limbo.
     pub fn free(&self, io: &Io, first: HostCluster, count: u64) {
         if count > 0 {
+            self.leaks.touch(Run::new(first.0, count));
             self.limbo
                 .add(Run::new(first.0, count), io.epochs().retire());
         }
@@ -320,7 +332,12 @@ impl Allocator {
         waited
     }
 
-    async fn release(&self, io: &Io, runs: Vec<Run>) -> Result<()> {
+    /// The search for clusters that a crash has leaked.
+    pub(super) fn leaks(&self) -> &Leaks {
+        &self.leaks
+    }
+
+    pub(super) async fn release(&self, io: &Io, runs: Vec<Run>) -> Result<()> {
         if runs.is_empty() {
             return Ok(());
         }
@@ -442,6 +459,7 @@ impl Allocator {
     /// The first that occurs; the rest is done all the same. May be called again.
     pub async fn close(&self, io: &Io) -> Result<()> {
         self.closed.store(true, Ordering::SeqCst);
+        self.leaks.cancel();
         for arena in &self.arenas {
             arena.idle().await;
             lock(&self.orphans).append(&mut arena.drain());
@@ -457,7 +475,13 @@ impl Allocator {
                 self.storage.path().display()
             ),
         }
-        settled.and(closed)
+        let closed = settled.and(closed);
+        if closed.is_ok() && slow.marked && self.limbo.len() == 0 && self.leaks.is_done() {
+            self.header.mark_arenas(io, &self.storage, false).await?;
+            self.storage.flush(io).await?;
+            slow.marked = false;
+        }
+        closed
     }
 
     /// A cluster's refcount as of now: what was freed and is in limbo still counts.

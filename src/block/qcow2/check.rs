@@ -21,11 +21,12 @@ mod tables;
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 pub(super) use counts::{CHUNK, Counts};
 pub use report::{Finding, Fix, Report};
 
-use super::header::{Encryption, Header};
+use super::header::{Encryption, Header, MAX_HOST_OFFSET};
 use super::refcount::Width;
 use super::units::Geometry;
 use crate::block::error::{Error, ErrorKind, Result};
@@ -69,6 +70,9 @@ pub(super) enum Scope {
     All,
     /// All but the refcount table and its blocks, which are going to be replaced.
     WithoutRefcounts,
+    /// As that, of an image that is being written to: nothing is compared, and what lies behind the end of
+    /// the file is there by now.
+    InUse,
 }
 
 /// What a check knows at its end.
@@ -93,6 +97,19 @@ pub(super) async fn examine(
     scope: Scope,
     progress: Progress<'_>,
 ) -> Result<Examined> {
+    let never = AtomicBool::new(false);
+    examine_until(io, storage, header, scope, progress, &never).await
+}
+
+/// As [`examine`], and ends with an error soon after `cancelled` has become true.
+pub(super) async fn examine_until(
+    io: &Io,
+    storage: &Storage,
+    header: &Header,
+    scope: Scope,
+    progress: Progress<'_>,
+    cancelled: &AtomicBool,
+) -> Result<Examined> {
     let geometry = header.geometry;
     let width = Width::new(geometry.refcount_order).ok_or_else(|| {
         let what = "the refcount order is above 6";
@@ -105,6 +122,7 @@ pub(super) async fn examine(
         storage,
         header,
         scope,
+        cancelled,
         geometry,
         width,
         len,
@@ -138,6 +156,7 @@ struct Checker<'a> {
     storage: &'a Storage,
     header: &'a Header,
     scope: Scope,
+    cancelled: &'a AtomicBool,
     geometry: Geometry,
     width: Width,
     /// Bytes of the file.
@@ -186,7 +205,9 @@ impl Checker<'_> {
         if self.scope == Scope::All {
             self.refcount_blocks()?;
         }
-        self.compare();
+        if self.scope != Scope::InUse {
+            self.compare();
+        }
         progress(1.0);
         Ok(())
     }
@@ -208,7 +229,11 @@ impl Checker<'_> {
             return Ok(true);
         }
         let end = offset.saturating_add(bytes);
-        if end >= self.len.saturating_add(self.geometry.cluster_size()) {
+        let (most, max) = match self.scope {
+            Scope::InUse => (MAX_HOST_OFFSET, u64::MAX),
+            _ => (self.len, self.width.max()),
+        };
+        if end >= most.saturating_add(self.geometry.cluster_size()) {
             let what = metadata.unwrap_or("guest data");
             let what = format!("{what} of {bytes} bytes is beyond the end of the file");
             self.report.add(times, false, offset, Fix::Never, what);
@@ -217,7 +242,7 @@ impl Checker<'_> {
         let bits = self.geometry.cluster_bits;
         let (first, last) = (offset >> bits, (end - 1) >> bits);
         for cluster in first..=last {
-            let added = self.references.add(cluster, times, self.width.max());
+            let added = self.references.add(cluster, times, max);
             let excess = added.map_err(|_| self.too_large("references"))?;
             if excess > 0 {
                 let what = format!(
@@ -268,6 +293,10 @@ impl Checker<'_> {
 
     /// Takes `bytes` that are about to be read off what may be read.
     fn charge(&mut self, bytes: u64) -> Result<()> {
+        if self.cancelled.load(Ordering::Relaxed) {
+            let what = "the check was ended";
+            return Err(Error::image(ErrorKind::Io, self.storage.path(), None, what));
+        }
         self.budget = self.budget.checked_sub(bytes).ok_or_else(|| {
             let what = "its tables overlap: together they are several times as large as the file";
             Error::image(ErrorKind::Corrupt, self.storage.path(), None, what)

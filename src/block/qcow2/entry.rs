@@ -208,7 +208,7 @@ mod tests {
 
     #[test]
     fn markers_of_incomplete_clusters_are_never_taken_from_a_file() {
-        for index in [0, 1, 0x1234, u32::MAX] {
+        for index in [0, 1, 0x1234, MAX_INCOMPLETE] {
             let raw = incomplete(index);
             assert_eq!(decode(raw, &G), Entry::Incomplete(index));
             assert!(!is_well_formed(raw, &G, 3));

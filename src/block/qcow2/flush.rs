@@ -150,6 +150,7 @@ impl Qcow2 {
     /// # Errors
     /// As [`Qcow2::flush`].
     pub async fn write_back_if_due<B: Below + ?Sized>(&self, io: &Io, below: &B) -> Result<()> {
+        self.give_leaks_back(io).await;
         self.write_back_older(io, below, MAX_AGE).await
     }
 

@@ -64,8 +64,11 @@ pub mod autoclear {
     pub const BITMAPS: u64 = 1 << 0;
     /// The external data file is a raw image by itself.
     pub const RAW_EXTERNAL: u64 = 1 << 1;
+    /// Ours, in no document: a program of ours took clusters ahead of need and has not closed the image, so
+    /// some may have leaked. Any other program that writes to the image clears the bit (see `leaks`).
+    pub const ARENAS: u64 = 1 << 63;
     /// What writing keeps up.
-    pub const KEPT_UP: u64 = BITMAPS | RAW_EXTERNAL;
+    pub const KEPT_UP: u64 = BITMAPS | RAW_EXTERNAL | ARENAS;
 }
 
 /// The backing file that the header names. Whether it may be opened is not decided here.

@@ -12,6 +12,7 @@
 //! | `extended` | reading and changing images whose clusters have subclusters |
 //! | `data_file` | guest data in a file of its own |
 //! | `alloc`, `refill`, `arena`, `limbo` | host clusters: handed out, made ready, freed |
+//! | `leaks` | what a crash has leaked, given back while the image is in use |
 //! | `reftable`, `refcount` | the refcount table, its blocks and their entries |
 //! | `resize` | another size of the disk |
 //! | [`bitmaps`] | persistent bitmaps: kept up while the image is written to |
@@ -38,6 +39,7 @@ mod fill;
 mod flush;
 pub mod header;
 mod inflated;
+mod leaks;
 mod limbo;
 mod map;
 mod marks;

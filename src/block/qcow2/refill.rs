@@ -147,8 +147,12 @@ impl Allocator {
         if stock.is_empty() {
             return Err(full.unwrap_or_else(|| self.no_space()));
         }
+        if !slow.marked {
+            self.header.mark_arenas(io, &self.storage, true).await?;
+        }
         slow.counts.write_dirty(io, &self.storage).await?;
         slow.counts.sync(io, &self.storage).await?;
+        slow.marked = true;
         claim.runs.clear();
         self.free_old_tables(slow);
         Ok(stock)
@@ -326,6 +330,7 @@ impl Allocator {
         let mut blocks: Vec<(usize, u64)> = Vec::new();
         let mut rest = Vec::with_capacity(claim.found.len());
         for run in &claim.found {
+            self.leaks().touch(*run);
             if let Some((cluster, what)) = lock(&self.reserved).clash(*run) {
                 let what = format!("the {what} is in a cluster with refcount 0");
                 return Err(self.corrupt(cluster, what));

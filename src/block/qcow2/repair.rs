@@ -86,6 +86,9 @@ pub async fn repair(
     what: Repair,
     progress: Progress<'_>,
 ) -> Result<Repaired> {
+    // What another process wrote may be in the page cache only: a loss of power must not take back what is
+    // relied on here.
+    storage.flush(io).await?;
     let header = Header::read(io, storage).await?;
     let found = examine(io, storage, &header, Scope::All, &mut *progress).await?;
     let before = found.report.clone();

@@ -158,6 +158,13 @@ impl Reserved {
         }
     }
 
+    /// All ranges, ascending.
+    pub(super) fn runs(&self) -> impl Iterator<Item = Run> {
+        self.ranges
+            .iter()
+            .map(|(first, (count, _))| Run::new(*first, *count))
+    }
+
     /// The first reserved cluster of `run` and what it holds.
     pub(super) fn clash(&self, run: Run) -> Option<(u64, &'static str)> {
         let before = self.ranges.range(..=run.first).next_back();

@@ -23,6 +23,7 @@ mod fresh;
 mod history;
 mod judge;
 mod kinds;
+mod leaks;
 mod memory;
 mod read;
 mod resize;

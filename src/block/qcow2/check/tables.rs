@@ -3,7 +3,7 @@
 //! Snapshots share L2 tables. First every L1 table says how often each L2 table is pointed at; then each
 //! L2 table is read once, in the order of the file, and counts that many times.
 
-use super::{Checker, Fix, Progress, read_window, window};
+use super::{Checker, Fix, Progress, Scope, read_window, window};
 use crate::block::error::Result;
 use crate::block::qcow2::entry::{self, COMPRESSED, COPIED, OFFSET, ZERO};
 use crate::block::qcow2::units::HostOffset;
@@ -261,7 +261,7 @@ impl Checker<'_> {
             true => 1,
             false => self.refcount(offset >> self.geometry.cluster_bits).await?,
         };
-        if !is_copied_right(raw, count) {
+        if self.scope != Scope::InUse && !is_copied_right(raw, count) {
             let flag = if count == 1 { "lacks" } else { "has" };
             let what = format!(
                 "the entry {flag} the COPIED flag; its cluster at {offset:#x} has refcount {count}"

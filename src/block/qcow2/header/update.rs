@@ -46,6 +46,23 @@ impl Header {
         .await
     }
 
+    /// Sets or clears our mark for clusters taken ahead of need ([`autoclear::ARENAS`]). Version 2 has no
+    /// such bits. Not durable before a flush.
+    ///
+    /// # Errors
+    /// Those of reading and writing the first sector.
+    pub async fn mark_arenas(&self, io: &Io, storage: &Storage, set: bool) -> Result<()> {
+        if self.version < 3 {
+            return Ok(());
+        }
+        self.update(io, storage, |sector| {
+            let bits = u64_at(sector, field::AUTOCLEAR) & !autoclear::ARENAS;
+            let mark = if set { autoclear::ARENAS } else { 0 };
+            put(sector, field::AUTOCLEAR, &(bits | mark).to_be_bytes());
+        })
+        .await
+    }
+
     /// Clears the auto-clear bits that are not known, as must be before the first write by a program that
     /// does not keep up what they stand for. True if there were some: not durable before a flush.
     ///

@@ -86,7 +86,7 @@ fn any_sequence_of_entries_comes_back_from_memory_and_goes_to_the_file() {
                 memory[at] = (raw, bitmap);
             }
             file[at] = memory[at];
-            if entry::is_marker(raw) {
+            if raw == entry::BAD || entry::incomplete_index(raw).is_some() {
                 file[at].0 = 0;
             }
             let other = random(&mut state) as usize % entries;
