@@ -8,6 +8,7 @@ use std::sync::Arc;
 use log::{info, warn};
 use thiserror::Error;
 
+use crate::block::crypt::{KeySource, KeySpec};
 use crate::block::{self, Disk, DiskSpec};
 use crate::config::{self, BackingCache, CacheMode, Config, DiskConfig, WorkersConfig};
 use crate::daemon::{Daemon, DaemonError, DiskEndpoint, Options, Signals};
@@ -216,6 +217,7 @@ fn spec(disk: &DiskConfig) -> DiskSpec {
     let format = match disk.format {
         config::Format::Raw => block::Format::Raw,
         config::Format::Qcow2 => block::Format::Qcow2,
+        config::Format::Luks => block::Format::Luks,
     };
     DiskSpec {
         read_only: disk.read_only,
@@ -235,7 +237,20 @@ fn spec(disk: &DiskConfig) -> DiskSpec {
         allow_paths: disk.allow_paths.clone(),
         l2_cache_bytes: disk.l2_cache_size,
         data_file: disk.data_file.clone(),
+        keys: disk.keys.iter().map(key).collect(),
         ..DiskSpec::new(source, format)
+    }
+}
+
+/// To be called once for each key: a descriptor is taken over.
+fn key(key: &config::KeyConfig) -> KeySpec {
+    KeySpec {
+        image: key.image.clone(),
+        source: match &key.source {
+            config::KeySource::File(path) => KeySource::File(path.clone()),
+            config::KeySource::Fd(fd) => KeySource::Fd(Arc::new(own(*fd).into())),
+            config::KeySource::Keyring(name) => KeySource::Keyring(name.clone()),
+        },
     }
 }
 

@@ -4,10 +4,12 @@
 //! allowed, in the format that the image states. Nothing is probed.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::reactor::Io;
 
+use super::crypt::luks::Place;
+use super::crypt::{Keys, Unlocked};
 use super::data_file::{self, DataFile};
 use super::error::{Error, ErrorKind, Result};
 use super::file::{FileOptions, FileStorage};
@@ -36,6 +38,19 @@ pub(super) struct Link {
     pub(super) size: u64,
     /// Bytes of a cluster; raw: none.
     pub(super) cluster: Option<u64>,
+    /// The key of an encrypted image, by the header that was read last.
+    key: Mutex<Option<Arc<Unlocked>>>,
+}
+
+/// What an image's headers say now.
+#[derive(Debug)]
+pub(super) struct Now {
+    /// Of a qcow2 image.
+    pub(super) header: Option<Header>,
+    /// Of an encrypted image.
+    pub(super) key: Option<Arc<Unlocked>>,
+    /// The chain below is what it was.
+    pub(super) same: bool,
 }
 
 impl Link {
@@ -69,28 +84,59 @@ impl Link {
             .map_or(&self.storage, |data| &data.storage)
     }
 
-    /// Reads the header again; true if the chain below is what it was.
-    pub(super) async fn reread(&self, io: &Io) -> Result<(Option<Header>, bool)> {
+    /// Reads the headers again.
+    pub(super) async fn reread(&self, io: &Io, keys: &Keys) -> Result<Now> {
         self.storage.refresh()?;
         self.data_storage().refresh()?;
-        match self.format {
-            Format::Raw => Ok((None, true)),
-            Format::Qcow2 => {
-                let header = Header::read(io, &self.storage).await?;
-                let same = header.backing == self.backing && header.data_file == self.data_name;
-                Ok((Some(header), same))
-            }
+        let mut now = Now {
+            header: None,
+            key: None,
+            same: true,
+        };
+        if self.format == Format::Qcow2 {
+            let header = Header::read(io, &self.storage).await?;
+            now.same = header.backing == self.backing && header.data_file == self.data_name;
+            now.header = Some(header);
         }
+        let lock = || self.key.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = lock().clone();
+        let header = now.header.as_ref();
+        now.key = unlock(io, &self.storage, self.format, header, keys, known).await?;
+        lock().clone_from(&now.key);
+        Ok(now)
     }
 }
 
+/// The key of an image that is encrypted, by the header of its encryption as it is now.
+async fn unlock(
+    io: &Io,
+    storage: &Storage,
+    format: Format,
+    header: Option<&Header>,
+    keys: &Keys,
+    known: Option<Arc<Unlocked>>,
+) -> Result<Option<Arc<Unlocked>>> {
+    let place = match (format, header) {
+        (Format::Luks, _) => Some(Place {
+            offset: 0,
+            len: storage.len(),
+        }),
+        _ => None,
+    };
+    let Some(place) = place else {
+        return Ok(None);
+    };
+    let key = Unlocked::open(io, storage, place, keys, known).await?;
+    Ok(Some(key))
+}
+
 /// Opens the image of `spec` and what it names, top first. Headers are read, nothing is locked.
-pub(super) async fn open(io: &Io, spec: &DiskSpec) -> Result<Vec<Link>> {
+pub(super) async fn open(io: &Io, spec: &DiskSpec, keys: &Keys) -> Result<Vec<Link>> {
     let top = match &spec.source {
         Source::Null { size } => {
             let storage = Storage::Null(NullStorage::new(*size, spec.read_only));
             let name = PathBuf::from(NullStorage::NAME);
-            return Ok(vec![link(io, storage, Format::Raw, name).await?]);
+            return Ok(vec![link(io, storage, Format::Raw, name, keys).await?]);
         }
         Source::File { path } => path,
     };
@@ -98,7 +144,7 @@ pub(super) async fn open(io: &Io, spec: &DiskSpec) -> Result<Vec<Link>> {
     let storage = open_top(top, spec)?;
     // Whatever becomes the working directory, the name leads to the same place.
     let named = std::path::absolute(top).unwrap_or_else(|_| top.clone());
-    let mut links: Vec<Link> = vec![link(io, storage, spec.format, named).await?];
+    let mut links: Vec<Link> = vec![link(io, storage, spec.format, named, keys).await?];
     data_file::open(&mut links, spec, &allowed)?;
     while let Some(Link {
         named,
@@ -138,24 +184,36 @@ pub(super) async fn open(io: &Io, spec: &DiskSpec) -> Result<Vec<Link>> {
             );
             return Err(Error::image(ErrorKind::InvalidImage, top, None, message));
         }
-        let next = link(io, Storage::File(storage), format, name).await?;
+        let next = link(io, Storage::File(storage), format, name, keys).await?;
         links.push(next);
         data_file::open(&mut links, spec, &allowed)?;
     }
     Ok(links)
 }
 
-async fn link(io: &Io, storage: Storage, format: Format, named: PathBuf) -> Result<Link> {
-    let (size, backing, data_name, cluster) = match format {
-        Format::Raw => {
-            warn_of_qcow2(io, &storage).await?;
-            (storage.len(), None, None, None)
-        }
-        Format::Qcow2 => {
-            let header = Header::read(io, &storage).await?;
+async fn link(
+    io: &Io,
+    storage: Storage,
+    format: Format,
+    named: PathBuf,
+    keys: &Keys,
+) -> Result<Link> {
+    let header = match format {
+        Format::Qcow2 => Some(Header::read(io, &storage).await?),
+        Format::Raw | Format::Luks => None,
+    };
+    // Now, not when a VM waits for it: it takes seconds, and the key may be wrong.
+    let key = unlock(io, &storage, format, header.as_ref(), keys, None).await?;
+    let (size, backing, data_name, cluster) = match (header, &key) {
+        (Some(header), _) => {
             header.check_supported()?;
             let cluster = header.geometry.cluster_size();
             (header.size, header.backing, header.data_file, Some(cluster))
+        }
+        (None, Some(key)) => (payload_len(&storage, key)?, None, None, None),
+        (None, None) => {
+            warn_of_qcow2(io, &storage).await?;
+            (storage.len(), None, None, None)
         }
     };
     Ok(Link {
@@ -167,11 +225,23 @@ async fn link(io: &Io, storage: Storage, format: Format, named: PathBuf) -> Resu
         data: None,
         size,
         cluster,
+        key: Mutex::new(key),
+    })
+}
+
+/// Bytes of the disk in a LUKS file.
+pub(super) fn payload_len(storage: &Storage, key: &Unlocked) -> Result<u64> {
+    storage.len().checked_sub(key.payload()).ok_or_else(|| {
+        let what = format!(
+            "the payload of the LUKS header begins at {:#x}, beyond the end of the file",
+            key.payload()
+        );
+        Error::image(ErrorKind::InvalidImage, storage.path(), None, what)
     })
 }
 
 fn open_top(path: &Path, spec: &DiskSpec) -> Result<Storage> {
-    let storage = open_raw(path, spec, spec.format == Format::Raw)?;
+    let storage = open_raw(path, spec, spec.format != Format::Qcow2)?;
     Ok(Storage::File(storage))
 }
 
@@ -239,7 +309,7 @@ fn backing_format(image: &Path, backing: &BackingName) -> Result<Format> {
             None,
             format_args!(
                 "names the backing file {:?} but not its format, and formats are not guessed; state it \
-                 with: qemu-img rebase -u -F raw|qcow2 -b '{}' '{}'",
+                 with: qemu-img rebase -u -F raw|qcow2|luks -b '{}' '{}'",
                 backing.name,
                 backing.name,
                 image.display()

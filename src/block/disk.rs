@@ -19,11 +19,12 @@ use crate::reactor::Io;
 
 pub use super::active::ActiveDisk;
 use super::active::Locks;
-use super::chain::{self, Link};
+use super::chain::{self, Link, Now};
+use super::crypt::{CryptStorage, Keys, Unlocked};
 use super::error::{Error, ErrorKind, Result};
 use super::layer::{Layer, Raw};
 use super::lock::Role;
-use super::qcow2::{self, Header, Qcow2};
+use super::qcow2::{self, Qcow2};
 pub use super::spec::{CacheMode, DiskSpec, Format, Source};
 use super::storage::Storage;
 
@@ -56,6 +57,7 @@ pub struct DiskLimits {
 #[derive(Debug)]
 pub struct Disk {
     spec: DiskSpec,
+    keys: Keys,
     links: Vec<Link>,
     size: u64,
 }
@@ -65,10 +67,17 @@ impl Disk {
     ///
     /// # Errors
     /// Files that are missing, not allowed or not what they are said to be; unsupported features.
-    pub async fn open(io: &Io, spec: DiskSpec) -> Result<Self> {
-        let links = chain::open(io, &spec).await?;
+    pub async fn open(io: &Io, mut spec: DiskSpec) -> Result<Self> {
+        // A descriptor is read once, and then closed.
+        let keys = Keys::load(&std::mem::take(&mut spec.keys))?;
+        let links = chain::open(io, &spec, &keys).await?;
         let size = capacity(&links)?;
-        Ok(Self { spec, links, size })
+        Ok(Self {
+            spec,
+            keys,
+            links,
+            size,
+        })
     }
 
     /// Bytes of the disk, whole sectors.
@@ -94,7 +103,7 @@ impl Disk {
         let below = top.data_storage().limits();
         let device = matches!(&*top.storage, Storage::File(file) if file.is_device());
         // A file's alignment is not the guest's business: it would change with where the file is.
-        let logical_block = match device && top.format == Format::Raw {
+        let logical_block = match device && top.format != Format::Qcow2 {
             true => below.logical_block,
             false => SECTOR as u32,
         };
@@ -102,8 +111,9 @@ impl Disk {
         let discard_granularity = cluster
             .unwrap_or(below.discard_granularity)
             .max(logical_block);
-        let can_discard =
-            self.spec.discard && !self.spec.read_only && below.discard_granularity > 0;
+        // Discards of a LUKS file are not passed on: they would show which sectors are in use.
+        let passed_on = below.discard_granularity > 0 && top.format != Format::Luks;
+        let can_discard = self.spec.discard && !self.spec.read_only && passed_on;
         DiskLimits {
             logical_block,
             physical_block: below.physical_block.max(logical_block),
@@ -112,7 +122,7 @@ impl Disk {
             discard_granularity,
             max_discard: 2 << 30,
             max_write_zeroes: match top.format {
-                Format::Raw => 64 << 20,
+                Format::Raw | Format::Luks => 64 << 20,
                 Format::Qcow2 => 2 << 30,
             },
             write_zeroes_may_unmap: can_discard,
@@ -149,39 +159,44 @@ impl Disk {
     /// Nothing is locked then.
     pub async fn activate(&self, io: &Io, workers: usize) -> Result<Arc<ActiveDisk>> {
         let locks = lock(&self.links, self.spec.read_only)?;
-        if let Some(headers) = current(io, &self.links).await? {
-            return self.start(io, &self.links, headers, locks, workers).await;
+        if let Some(now) = current(io, &self.links, &self.keys).await? {
+            return self.start(io, &self.links, now, locks, workers).await;
         }
         drop(locks);
         // Somebody has put other files in place, or rebased, since they were opened.
-        let links = chain::open(io, &self.spec).await?;
+        let links = chain::open(io, &self.spec, &self.keys).await?;
         let locks = lock(&links, self.spec.read_only)?;
-        let Some(headers) = current(io, &links).await? else {
+        let Some(now) = current(io, &links, &self.keys).await? else {
             let path = links[0].storage.path();
             let message = "the chain of images is being changed by another process; try again";
             return Err(Error::image(ErrorKind::Locked, path, None, message));
         };
         log::info!("the chain of images is another now: {}", names(&links));
-        self.start(io, &links, headers, locks, workers).await
+        self.start(io, &links, now, locks, workers).await
     }
 
     async fn start(
         &self,
         io: &Io,
         links: &[Link],
-        headers: Vec<Option<Header>>,
+        now: Vec<Now>,
         locks: Locks,
         workers: usize,
     ) -> Result<Arc<ActiveDisk>> {
         let mut layers = Vec::with_capacity(links.len());
-        for (level, (link, header)) in links.iter().zip(headers).enumerate() {
+        for (level, (link, now)) in links.iter().zip(now).enumerate() {
             let storage = link.storage.clone();
-            let layer = match header {
-                None => {
+            let layer = match (now.header, now.key) {
+                (None, None) => {
                     let len = storage.len();
                     Layer::Raw(Raw::new(storage, len))
                 }
-                Some(header) => {
+                (None, Some(key)) => {
+                    let len = chain::payload_len(&storage, &key)?;
+                    let payload = key.payload();
+                    Layer::Raw(Raw::new(decrypted(storage, key, payload), len))
+                }
+                (Some(header), _) => {
                     let options = qcow2::Options {
                         read_only: level > 0 || self.spec.read_only,
                         l2_cache_bytes: self.spec.l2_cache_bytes,
@@ -222,7 +237,7 @@ fn lock(links: &[Link], read_only: bool) -> Result<Locks> {
     let mut locks = Locks::default();
     for (level, link) in links.iter().enumerate() {
         let role = match (level, read_only, link.format) {
-            (0, false, Format::Raw) => Role::RawWriter,
+            (0, false, Format::Raw | Format::Luks) => Role::RawWriter,
             (0, false, Format::Qcow2) => Role::ImageWriter,
             _ => Role::Reader,
         };
@@ -236,19 +251,24 @@ fn lock(links: &[Link], read_only: bool) -> Result<Locks> {
 }
 
 /// The headers as they are now; None if the chain is not what it was.
-async fn current(io: &Io, links: &[Link]) -> Result<Option<Vec<Option<Header>>>> {
-    let mut headers = Vec::with_capacity(links.len());
+async fn current(io: &Io, links: &[Link], keys: &Keys) -> Result<Option<Vec<Now>>> {
+    let mut all = Vec::with_capacity(links.len());
     for link in links {
         if !link.is_current() {
             return Ok(None);
         }
-        let (header, same) = link.reread(io).await?;
-        if !same {
+        let now = link.reread(io, keys).await?;
+        if !now.same {
             return Ok(None);
         }
-        headers.push(header);
+        all.push(now);
     }
-    Ok(Some(headers))
+    Ok(Some(all))
+}
+
+fn decrypted(storage: Arc<Storage>, key: Arc<Unlocked>, payload: u64) -> Arc<Storage> {
+    let plain = CryptStorage::new(storage, key, payload);
+    Arc::new(Storage::Crypt(Box::new(plain)))
 }
 
 fn names(links: &[Link]) -> String {

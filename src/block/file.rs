@@ -3,7 +3,7 @@
 //! A request that the kernel takes as it is costs one operation. What O_DIRECT refuses goes through a
 //! buffer (`bounce`), and a write that covers blocks in part holds them alone meanwhile ([`Edges`]).
 
-mod edges;
+pub(super) mod edges;
 mod probe;
 mod space;
 
@@ -417,6 +417,11 @@ pub(super) struct Pending<'a> {
 }
 
 impl Pending<'_> {
+    /// Bytes of the transfer.
+    pub(super) fn len(&self) -> usize {
+        self.sg.len()
+    }
+
     #[inline]
     pub(super) async fn finish(mut self, io: &Io) -> Result<()> {
         let (storage, offset, sg) = (self.storage, self.offset, self.sg);

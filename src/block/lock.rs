@@ -60,8 +60,10 @@ impl Storage {
     /// # Errors
     /// [`ErrorKind::Locked`] if another process is in the way, or if it is locked already.
     pub fn lock(&self, role: Role) -> Result<()> {
-        let Self::File(storage) = self else {
-            return Ok(());
+        let storage = match self {
+            Self::File(storage) => storage,
+            Self::Crypt(storage) => return storage.below().lock(role),
+            _ => return Ok(()),
         };
         let bits = role.used() | role.not_shared() << 16;
         // Locks of one open file do not exclude each other.
@@ -82,8 +84,10 @@ impl Storage {
 
     /// Gives all locks of the image back.
     pub fn unlock(&self) {
-        let Self::File(storage) = self else {
-            return;
+        let storage = match self {
+            Self::File(storage) => storage,
+            Self::Crypt(storage) => return storage.below().unlock(),
+            _ => return,
         };
         if storage.held.0.swap(0, Ordering::AcqRel) == 0 {
             return;

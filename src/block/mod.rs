@@ -7,6 +7,7 @@
 
 mod active;
 mod chain;
+pub mod crypt;
 mod data_file;
 #[cfg(test)]
 mod device_tests;

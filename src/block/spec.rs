@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use super::crypt::KeySpec;
 use super::qcow2::OnDirty;
 
 /// How an image's bytes make a disk.
@@ -13,6 +14,8 @@ pub enum Format {
     Raw,
     /// QEMU's copy-on-write format, versions 2 and 3.
     Qcow2,
+    /// A LUKS1 header, and behind it the disk's bytes encrypted.
+    Luks,
 }
 
 impl fmt::Display for Format {
@@ -20,6 +23,7 @@ impl fmt::Display for Format {
         f.write_str(match self {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
+            Self::Luks => "luks",
         })
     }
 }
@@ -30,7 +34,10 @@ impl FromStr for Format {
         match name {
             "raw" => Ok(Self::Raw),
             "qcow2" => Ok(Self::Qcow2),
-            _ => Err(format!("format {name:?} is not known; raw and qcow2 are")),
+            "luks" => Ok(Self::Luks),
+            _ => Err(format!(
+                "format {name:?} is not known; raw, qcow2 and luks are"
+            )),
         }
     }
 }
@@ -101,6 +108,8 @@ pub struct DiskSpec {
     pub discard: bool,
     /// Memory for cached qcow2 mappings, bytes an image. Taken as they are loaded.
     pub l2_cache_bytes: u64,
+    /// The keys of encrypted images, in the chain at any depth.
+    pub keys: Vec<KeySpec>,
 }
 
 impl DiskSpec {
@@ -118,6 +127,7 @@ impl DiskSpec {
             data_file: None,
             discard: true,
             l2_cache_bytes: DEFAULT_L2_CACHE,
+            keys: Vec::new(),
         }
     }
 }

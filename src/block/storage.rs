@@ -4,6 +4,7 @@ use std::path::Path;
 
 use crate::reactor::{Io, Sg};
 
+use super::crypt::{self, CryptStorage};
 use super::error::Result;
 use super::file::{self, FileStorage};
 use super::null::NullStorage;
@@ -49,6 +50,8 @@ pub enum Storage {
     File(FileStorage),
     /// Zeros.
     Null(NullStorage),
+    /// The plaintext of a file.
+    Crypt(Box<CryptStorage>),
     /// In memory, for tests.
     #[cfg(test)]
     Sim(SimStorage),
@@ -56,10 +59,11 @@ pub enum Storage {
 
 /// Dispatches to the storage's own implementation.
 macro_rules! each {
-    ($self:expr, $s:ident => $file:expr, $n:ident => $null:expr, $sim:ident => $simulated:expr) => {
+    ($self:expr, $s:ident => $file:expr, $n:ident => $null:expr, $c:ident => $crypt:expr, $sim:ident => $simulated:expr) => {
         match $self {
             Storage::File($s) => $file,
             Storage::Null($n) => $null,
+            Storage::Crypt($c) => $crypt,
             #[cfg(test)]
             Storage::Sim($sim) => $simulated,
         }
@@ -69,12 +73,12 @@ macro_rules! each {
 impl Storage {
     /// Name for messages: the file's path.
     pub fn path(&self) -> &Path {
-        each!(self, s => s.path(), s => s.path(), s => s.path())
+        each!(self, s => s.path(), s => s.path(), s => s.path(), s => s.path())
     }
 
     /// Size in bytes, as far as this process knows.
     pub fn len(&self) -> u64 {
-        each!(self, s => s.len(), s => s.len(), s => s.len())
+        each!(self, s => s.len(), s => s.len(), s => s.len(), s => s.len())
     }
 
     /// True if there is not a byte.
@@ -84,12 +88,12 @@ impl Storage {
 
     /// Alignment and block sizes.
     pub fn limits(&self) -> &Limits {
-        each!(self, s => s.limits(), s => s.limits(), s => s.limits())
+        each!(self, s => s.limits(), s => s.limits(), s => s.limits(), s => s.limits())
     }
 
     /// True if writes are refused.
     pub fn read_only(&self) -> bool {
-        each!(self, s => s.read_only(), s => s.read_only(), s => s.read_only())
+        each!(self, s => s.read_only(), s => s.read_only(), s => s.read_only(), s => s.read_only())
     }
 
     /// Fills `to` from `offset` on. Past the end of the storage are zeros.
@@ -98,6 +102,7 @@ impl Storage {
         each!(self,
             s => s.begin_read(io, offset, to).finish(io).await,
             s => s.read(to),
+            s => s.read(io, offset, to).await,
             s => s.read(io, offset, to).await)
     }
 
@@ -107,6 +112,7 @@ impl Storage {
         each!(self,
             s => s.begin_write(io, offset, from).finish(io).await,
             s => s.write(),
+            s => s.write(io, offset, from).await,
             s => s.write(io, offset, from).await)
     }
 
@@ -117,6 +123,7 @@ impl Storage {
         Pending(each!(self,
             s => Under::File(s.begin_read(io, offset, to)),
             s => Under::Ended(s.read(to)),
+            s => Under::Crypt(s.begin_read(io, offset, to)),
             _s => Under::Later { storage: self, offset, sg: to, write: false }))
     }
 
@@ -126,12 +133,17 @@ impl Storage {
         Pending(each!(self,
             s => Under::File(s.begin_write(io, offset, from)),
             s => Under::Ended(s.write()),
+            _s => Under::Later { storage: self, offset, sg: from, write: true },
             _s => Under::Later { storage: self, offset, sg: from, write: true }))
     }
 
     /// Makes everything durable that was written before the call.
     pub async fn flush(&self, io: &Io) -> Result<()> {
-        each!(self, s => s.flush(io).await, _s => Ok(()), s => s.flush(io).await)
+        each!(self,
+            s => s.flush(io).await,
+            _s => Ok(()),
+            s => s.flush(io).await,
+            s => s.flush(io).await)
     }
 
     /// Gives the range back to the device or file system, where that is possible: a hint. What it reads
@@ -140,6 +152,8 @@ impl Storage {
         each!(self,
             s => s.discard(io, offset, len).await,
             s => s.write(),
+            // Nothing: it would show which sectors are in use.
+            _s => Ok(()),
             s => s.discard(io, offset, len).await)
     }
 
@@ -155,6 +169,7 @@ impl Storage {
         each!(self,
             s => s.write_zeroes(io, offset, len, may_unmap).await,
             s => s.write(),
+            s => s.write_zeroes(io, offset, len).await,
             s => s.write_zeroes(io, offset, len, may_unmap).await)
     }
 
@@ -164,6 +179,7 @@ impl Storage {
         each!(self,
             s => s.allocate(io, offset, len).await,
             s => s.write().map(|()| true),
+            s => s.allocate(io, offset, len).await,
             s => s.allocate(io, offset, len).await)
     }
 
@@ -173,12 +189,13 @@ impl Storage {
         each!(self,
             s => s.set_len(len),
             s => s.write(),
+            s => s.set_len(io, len).await,
             s => s.set_len(io, len).await)
     }
 
     /// Reads the size again: another process may have owned the file.
     pub fn refresh(&self) -> Result<()> {
-        each!(self, s => s.refresh(), _s => Ok(()), _s => Ok(()))
+        each!(self, s => s.refresh(), _s => Ok(()), s => s.below().refresh(), _s => Ok(()))
     }
 }
 
@@ -191,7 +208,7 @@ pub struct Pending<'a>(Under<'a>);
 enum Under<'a> {
     File(file::Pending<'a>),
     Ended(Result<()>),
-    #[cfg(test)]
+    Crypt(crypt::storage::Pending<'a>),
     Later {
         storage: &'a Storage,
         offset: u64,
@@ -207,14 +224,13 @@ impl Pending<'_> {
         match self.0 {
             Under::File(pending) => pending.finish(io).await,
             Under::Ended(result) => result,
-            #[cfg(test)]
+            Under::Crypt(pending) => pending.finish(io).await,
             Under::Later {
                 storage,
                 offset,
                 sg,
                 write: false,
             } => storage.read(io, offset, sg).await,
-            #[cfg(test)]
             Under::Later {
                 storage,
                 offset,

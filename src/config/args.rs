@@ -51,6 +51,22 @@ pub struct DiskArgs {
     #[arg(long, value_name = "PATH")]
     pub data_file: Option<PathBuf>,
 
+    /// File with the key of the encrypted images
+    #[arg(long, value_name = "PATH")]
+    pub key_file: Option<PathBuf>,
+
+    /// Open descriptor to read the key of the encrypted images from, to its end
+    #[arg(long, value_name = "N")]
+    pub key_fd: Option<i32>,
+
+    /// Key of the encrypted images in the kernel's keyring: its description or its serial number
+    #[arg(long, value_name = "NAME|SERIAL")]
+    pub key_keyring: Option<String>,
+
+    /// Key of one image: file:PATH, fd:N or keyring:NAME; can be repeated
+    #[arg(long, value_name = "IMAGE=KIND:WHERE")]
+    pub image_key: Vec<String>,
+
     /// Serial number that the guest sees, 1 to 20 characters [default: made from the image's path]
     #[arg(long, value_name = "TEXT")]
     pub serial: Option<String>,

@@ -296,6 +296,13 @@ fn refuse_shared(disks: &[DiskConfig], places: &[Place]) -> Result<(), Error> {
         if let Some(other) = sockets.insert(socket.clone(), disk) {
             return Err(shared(key, socket, other, "give each disk its own socket"));
         }
+        for fd in disk.keys.iter().filter_map(super::KeyConfig::fd) {
+            // Read to its end at the start, and closed.
+            if let Some(other) = sockets.insert(fd.to_string(), disk) {
+                let instead = "write a descriptor for each key and each socket";
+                return Err(shared("key-fd", fd.to_string(), other, instead));
+            }
+        }
         if let Some(identity) = identity(&disk.source) {
             if let Some(other) = images.insert(identity, disk) {
                 // Nothing is lost where nobody writes.

@@ -67,6 +67,7 @@ impl Disk<'_> {
             on_dirty: args.on_dirty.unwrap_or(OnDirty::Repair),
             serial,
             block_size,
+            keys: self.check_keys(format)?,
             allow_paths,
             l2_cache_size,
             data_file,
@@ -170,13 +171,17 @@ impl Disk<'_> {
                 None => Ok(Vec::new()),
             };
         };
-        if format == Format::Raw {
-            return match self.unused_without_layers(format) {
+        if format != Format::Qcow2 {
+            let (word, default) = match format {
+                Format::Luks => ("luks", ""),
+                _ => ("raw", " (the default)"),
+            };
+            return match self.unused_without_layers(Format::Raw) {
                 Some(key) => Err(Error::Conflict {
                     key,
-                    other: format!("{} (the default)", self.place.key("format").with("raw")),
+                    other: format!("{}{default}", self.place.key("format").with(word)),
                     instead: format!(
-                        "a raw image has no mappings and no backing file; leave it out, or write {} if it is one",
+                        "a {word} image has no mappings and no backing file; leave it out, or write {} if it is one",
                         self.place.key("format").with("qcow2")
                     ),
                 }),

@@ -14,6 +14,7 @@ mod disk;
 mod error;
 pub(crate) mod file;
 mod host;
+mod keys;
 pub(crate) mod parse;
 mod show;
 #[cfg(test)]
@@ -118,6 +119,28 @@ pub struct DiskConfig {
     pub allow_paths: Vec<PathBuf>,
     /// The external data file of a qcow2 image, absolute, if not the one that the image names.
     pub data_file: Option<PathBuf>,
+    /// The keys of encrypted images. At most one is for all images, and comes first.
+    pub keys: Vec<KeyConfig>,
+}
+
+/// A key of encrypted images.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyConfig {
+    /// The image that it opens; absolute. `None`: all that have no key of their own.
+    pub image: Option<PathBuf>,
+    /// Where it is. The key itself is never in a configuration.
+    pub source: KeySource,
+}
+
+/// Where a key is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KeySource {
+    /// In this file; absolute. All its bytes are the key.
+    File(PathBuf),
+    /// In what this descriptor reads, to its end. It was open when the process started.
+    Fd(RawFd),
+    /// In the kernel's keyring: a description, or a serial number.
+    Keyring(String),
 }
 
 /// Where a disk's VMM comes from.
@@ -166,6 +189,8 @@ pub enum Format {
     Raw,
     /// QEMU's copy-on-write format, version 2 or 3.
     Qcow2,
+    /// A LUKS1 header and the disk's bytes encrypted.
+    Luks,
 }
 
 /// How the host caches an image that is written to.

@@ -4,7 +4,7 @@ use std::fmt;
 
 use clap::ValueEnum;
 
-use super::{Config, DiskConfig, Listen, Source, parse};
+use super::{Config, DiskConfig, KeySource, Listen, Source, parse};
 
 /// A string as TOML's basic string, whose escapes are those of JSON but for DEL.
 fn quoted(text: impl fmt::Display) -> String {
@@ -25,6 +25,17 @@ impl fmt::Display for Source {
         match self {
             Self::File { path } => write!(f, "{}", path.display()),
             Self::Null { size } => write!(f, "null:{size}"),
+        }
+    }
+}
+
+/// As it stands behind an image's name.
+impl fmt::Display for KeySource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => write!(f, "file:{}", path.display()),
+            Self::Fd(fd) => write!(f, "fd:{fd}"),
+            Self::Keyring(name) => write!(f, "keyring:{name}"),
         }
     }
 }
@@ -91,6 +102,22 @@ impl fmt::Display for DiskConfig {
             if let Some(path) = &self.data_file {
                 writeln!(f, "data-file = {}", quoted(path.display()))?;
             }
+        }
+        let mut of_images = Vec::new();
+        for key in &self.keys {
+            match (&key.image, &key.source) {
+                (None, KeySource::File(path)) => {
+                    writeln!(f, "key-file = {}", quoted(path.display()))?
+                }
+                (None, KeySource::Fd(fd)) => writeln!(f, "key-fd = {fd}")?,
+                (None, KeySource::Keyring(name)) => writeln!(f, "key-keyring = {}", quoted(name))?,
+                (Some(image), source) => {
+                    of_images.push(quoted(format_args!("{}={source}", image.display())));
+                }
+            }
+        }
+        if !of_images.is_empty() {
+            writeln!(f, "image-key = [{}]", of_images.join(", "))?;
         }
         writeln!(f, "num-queues = {}", self.num_queues)?;
         writeln!(f, "queue-size = {}", self.queue_size)?;

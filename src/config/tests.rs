@@ -112,6 +112,7 @@ fn the_least_command_line_gets_every_default() {
                 allow_paths: vec![],
                 l2_cache_size: 72 << 20,
                 data_file: None,
+                keys: vec![],
             }],
             once: false,
             pid_file: None,
@@ -154,7 +155,8 @@ fn two_readers_may_share_an_image() {
 const ALL_OPTIONS: &str = "--socket-path @/s --socket-mode 0660 --socket-group root \
     --blk-file @/a.img --format qcow2 --read-only --cache writethrough --backing-cache none \
     --on-dirty refuse \
-    --allow-path @/bases --allow-path @/more --l2-cache-size 3M --data-file @/d.img --serial 0123-456 --block-size 4096 \
+    --allow-path @/bases --allow-path @/more --l2-cache-size 3M --data-file @/d.img --key-file @/b.img \
+    --image-key @/a.img=keyring:disk --image-key @/link=file:@/b.img --serial 0123-456 --block-size 4096 \
     --num-queues 8 --queue-size 1024 --name root --workers 2 --cpus 3,0-1 --poll adaptive --poll-max-us 7 --once \
     --pid-file @/pid --log-level debug";
 const ALL_KEYS: &str = "
@@ -180,6 +182,8 @@ const ALL_KEYS: &str = "
     allow-path = ['@/bases', '@/more']
     l2-cache-size = '3072k'
     data-file = '@/d.img'
+    key-file = '@/b.img'
+    image-key = ['@/a.img=keyring:disk', '@/link=file:@/b.img']
     serial = '0123-456'
     block-size = 4096
     num-queues = 8
@@ -240,7 +244,7 @@ fn every_option_of_a_disk_and_of_the_workers_is_in_the_equivalence_test() {
         "help",
         "version",
     ];
-    let excluded = ["fd", "fd-name"];
+    let excluded = ["fd", "fd-name", "key-fd", "key-keyring"];
     for option in CommandLine::command()
         .get_arguments()
         .filter_map(|arg| arg.get_long())

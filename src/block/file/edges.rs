@@ -11,7 +11,7 @@ use std::task::{Poll, Waker};
 
 /// Byte ranges of one storage that are held.
 #[derive(Debug, Default)]
-pub(super) struct Edges {
+pub(in crate::block) struct Edges {
     state: Mutex<State>,
 }
 
@@ -29,7 +29,7 @@ struct Held {
 
 /// A held range; dropping it lets it go.
 #[derive(Debug)]
-pub(super) struct EdgeGuard<'a> {
+pub(in crate::block) struct EdgeGuard<'a> {
     edges: &'a Edges,
     held: Held,
 }
@@ -40,12 +40,16 @@ impl Edges {
     }
 
     /// Holds `range` if nobody is in the way.
-    pub(super) fn try_hold(&self, range: Range<u64>, alone: bool) -> Option<EdgeGuard<'_>> {
+    pub(in crate::block) fn try_hold(
+        &self,
+        range: Range<u64>,
+        alone: bool,
+    ) -> Option<EdgeGuard<'_>> {
         self.hold_or(range, alone, |_| ())
     }
 
     /// Holds `range`, after those that are in the way.
-    pub(super) async fn hold(&self, range: Range<u64>, alone: bool) -> EdgeGuard<'_> {
+    pub(in crate::block) async fn hold(&self, range: Range<u64>, alone: bool) -> EdgeGuard<'_> {
         poll_fn(|cx| {
             let wait = |state: &mut State| state.waiters.push(cx.waker().clone());
             match self.hold_or(range.clone(), alone, wait) {

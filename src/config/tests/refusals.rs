@@ -97,6 +97,63 @@ fn what_cannot_be_meant_is_refused_with_what_to_write_instead() {
             "--allow-path",
             "write the directory",
         ),
+        (
+            "--format luks",
+            "--key-file is missing",
+            "key-fd or key-keyring",
+        ),
+        ("--key-file @/b.img", "--key-file", "--format luks"),
+        (
+            "--image-key @/a.img=keyring:a",
+            "--image-key",
+            "--format luks",
+        ),
+        (
+            "--format luks --key-file @/nowhere",
+            "--key-file",
+            "the file that holds the key",
+        ),
+        (
+            "--format luks --key-file @/bases",
+            "--key-file",
+            "the path of a file",
+        ),
+        (
+            "--format luks --key-file @/b.img --key-keyring a",
+            "--key-file and `key-keyring`",
+            "leave out one",
+        ),
+        ("--format luks --key-fd 1", "--key-fd", "3 or more"),
+        (
+            "--format luks --key-fd 9999",
+            "--key-fd",
+            "open at the start",
+        ),
+        (
+            "--format luks --key-keyring=",
+            "--key-keyring",
+            "serial number",
+        ),
+        (
+            "--format qcow2 --image-key @/a.img",
+            "--image-key",
+            "IMAGE=file:PATH",
+        ),
+        (
+            "--format qcow2 --image-key =file:@/b.img",
+            "--image-key",
+            "IMAGE=file:PATH",
+        ),
+        (
+            "--format qcow2 --image-key @/a.img=fd:x",
+            "--image-key",
+            "3 or more",
+        ),
+        (
+            "--format luks --key-file @/b.img --backing-cache none",
+            "--backing-cache",
+            "--format qcow2",
+        ),
         ("--fd 4", "--socket-path and `fd`", "leave out one"),
         (
             "--fd-name a",
@@ -359,4 +416,38 @@ fn errors_of_a_file_name_the_file_the_disk_and_the_key() {
         let error = images.file(text, &host()).unwrap_err();
         assert_eq!(error.to_string(), message);
     }
+}
+
+#[test]
+fn a_descriptor_is_for_one_thing() {
+    let images = Images::new();
+    let (one, two) = UnixStream::pair().unwrap();
+    let (one, two) = (one.as_raw_fd(), two.as_raw_fd());
+    let disk = |image: &str, socket: &str, more: String| {
+        format!(
+            "[[disk]]\nblk-file = '@/{image}'\n{socket}\nformat = 'qcow2'\nserial = '{image}'\n{more}\n"
+        )
+    };
+    for (first, second) in [
+        (format!("key-fd = {one}"), format!("key-fd = {one}")),
+        (
+            format!("key-fd = {one}"),
+            format!("image-key = ['/x=fd:{one}']"),
+        ),
+        (
+            format!("image-key = ['/x=fd:{one}', '/y=fd:{one}']"),
+            String::new(),
+        ),
+    ] {
+        let text = disk("a.img", "socket-path = '@/s'", first)
+            + &disk("b.img", "socket-path = '@/t'", second);
+        let error = images.file(&text, &host()).unwrap_err().to_string();
+        assert!(error.contains(&one.to_string()), "{error}");
+    }
+    let text = disk("a.img", &format!("fd = {one}"), format!("key-fd = {one}"));
+    images.file(&text, &host()).unwrap_err();
+    let text = disk("a.img", &format!("fd = {one}"), format!("key-fd = {two}"));
+    let config = images.file(&text, &host()).unwrap();
+    let source = super::super::KeySource::Fd(two);
+    assert_eq!(config.disks[0].keys[0].source, source);
 }
