@@ -4,6 +4,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::process::Command;
 
+use virtioblkd::block::crypt::{KeySource, KeySpec};
 use virtioblkd::block::{Disk, DiskSpec, Format, Source};
 use virtioblkd::reactor::{Epochs, Io, IoConfig};
 
@@ -61,6 +62,17 @@ fn reads_and_writes_of_mapped_clusters_allocate_nothing() {
             .status();
         assert!(status.unwrap().success());
     }
+    std::fs::write(at("key"), "secret").unwrap();
+    for image in [
+        "-f luks -o key-secret=s,iter-time=10 a.luks",
+        "-f qcow2 -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 e.qcow2",
+    ] {
+        let secret = "--object secret,id=s,file=key";
+        run(
+            dir.path(),
+            &format!("qemu-img create -q {secret} {image} 2M"),
+        );
+    }
     let io = Io::new(&IoConfig {
         worker: 0,
         entries: 64,
@@ -68,7 +80,11 @@ fn reads_and_writes_of_mapped_clusters_allocate_nothing() {
     })
     .unwrap();
     let allocated = |what: &str, format, name: &str, write: bool, len: usize| {
-        let spec = DiskSpec::new(Source::File { path: at(name) }, format);
+        let mut spec = DiskSpec::new(Source::File { path: at(name) }, format);
+        spec.keys = vec![KeySpec {
+            image: None,
+            source: KeySource::File(at("key")),
+        }];
         let disk = io.block_on(Disk::open(&io, spec)).unwrap();
         let active = io.block_on(disk.activate(&io, 0)).unwrap();
         let mut buf = io.buf(len);
@@ -99,5 +115,23 @@ fn reads_and_writes_of_mapped_clusters_allocate_nothing() {
         1 << 20,
     );
     allocated("qcow2 overwrite", Format::Qcow2, "a.qcow2", true, 4096);
+    allocated("luks write", Format::Luks, "a.luks", true, 65_536);
+    allocated("luks read", Format::Luks, "a.luks", false, 65_536);
+    let large = 1 << 20;
+    allocated("luks write in steps", Format::Luks, "a.luks", true, large);
+    allocated(
+        "encrypted qcow2 write",
+        Format::Qcow2,
+        "e.qcow2",
+        true,
+        4096,
+    );
+    allocated(
+        "encrypted qcow2 read",
+        Format::Qcow2,
+        "e.qcow2",
+        false,
+        4096,
+    );
     allocated("raw write", Format::Raw, "base.img", true, 65_536);
 }

@@ -121,6 +121,7 @@ async fn unlock(
             offset: 0,
             len: storage.len(),
         }),
+        (_, Some(header)) => header.luks(storage.len())?,
         _ => None,
     };
     let Some(place) = place else {

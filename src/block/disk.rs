@@ -196,7 +196,15 @@ impl Disk {
                     let payload = key.payload();
                     Layer::Raw(Raw::new(decrypted(storage, key, payload), len))
                 }
-                (Some(header), _) => {
+                (Some(header), key) => {
+                    let file = link.data.as_ref().map(|data| data.storage.clone());
+                    let data = match key {
+                        Some(key) => {
+                            let file = file.unwrap_or_else(|| storage.clone());
+                            Some(decrypted(file, key, 0))
+                        }
+                        None => file,
+                    };
                     let options = qcow2::Options {
                         read_only: level > 0 || self.spec.read_only,
                         l2_cache_bytes: self.spec.l2_cache_bytes,
@@ -204,7 +212,6 @@ impl Disk {
                         has_backing: level + 1 < links.len(),
                         on_dirty: self.spec.on_dirty,
                     };
-                    let data = link.data.as_ref().map(|data| data.storage.clone());
                     let open = Qcow2::open_with_data(io, storage, data, header, options);
                     Layer::Qcow2(Box::new(open.await?))
                 }

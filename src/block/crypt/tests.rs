@@ -4,6 +4,7 @@ mod bytes;
 mod files;
 mod format;
 mod headers;
+mod images;
 
 use std::path::PathBuf;
 use std::process::Command;

@@ -13,26 +13,38 @@ use super::Qcow2;
 use super::alloc::Fresh;
 use super::claim::Claim;
 use super::entry::{Entry, decode};
-use super::header::{Header, autoclear};
+use super::header::{Encryption, Header, autoclear};
 use super::units::{GuestCluster, HostCluster};
 use crate::block::error::{Error, ErrorKind, Result};
 use crate::block::storage::Storage;
 use crate::reactor::Io;
 
-/// Where the guest's data is: in `data`, if the image has a data file, else in the image itself.
+/// Where the guest's data is: in `data`, if the image has a data file or is encrypted, else in the image file
+/// itself.
 pub(super) fn place(
     header: &Header,
     image: &Arc<Storage>,
     data: Option<Arc<Storage>>,
 ) -> Result<Arc<Storage>> {
-    let what = match (&header.data_file, data) {
-        (None, None) => return Ok(image.clone()),
-        (Some(_), Some(data)) => return Ok(data),
-        (None, Some(_)) => "the image has no external data file, and one was given",
-        (Some(_), None) => "the image has an external data file, and none was given",
+    let elsewhere = header.data_file.is_some();
+    let encrypted = header.encryption != Encryption::None;
+    let (kind, what) = match data {
+        None if encrypted => (
+            ErrorKind::NotAllowed,
+            "is encrypted, and was not opened with its key",
+        ),
+        None if elsewhere => (
+            ErrorKind::InvalidImage,
+            "the image has an external data file, and none was given",
+        ),
+        None => return Ok(image.clone()),
+        Some(data) if elsewhere || encrypted => return Ok(data),
+        Some(_) => (
+            ErrorKind::InvalidImage,
+            "the image has no external data file, and one was given",
+        ),
     };
-    let path = &header.path;
-    Err(Error::image(ErrorKind::InvalidImage, path, None, what))
+    Err(Error::image(kind, &header.path, None, what))
 }
 
 impl Qcow2 {

@@ -85,7 +85,7 @@ fn unknown_incompatible_features_are_refused_by_their_names() {
 #[test]
 fn features_that_are_not_supported_are_refused_by_name() {
     let (good, len) = image("cluster_size=64k", &[]);
-    for (method, word) in [(1, "AES"), (2, "LUKS")] {
+    for (method, word) in [(1, "AES"), (2, "LUKS"), (3, "method 3")] {
         let mut bytes = good.clone();
         bytes[35] = method;
         assert!(refused(&bytes, len).1.contains(word));

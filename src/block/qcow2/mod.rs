@@ -11,6 +11,7 @@
 //! | `cow`, `record`, `fill` | copy-on-write, put off until it must be done |
 //! | `extended` | reading and changing images whose clusters have subclusters |
 //! | `data_file` | guest data in a file of its own |
+//! | `encrypted` | where the LUKS header is, and what is not encrypted |
 //! | `alloc`, `refill`, `arena`, `limbo` | host clusters: handed out, made ready, freed |
 //! | `leaks` | what a crash has leaked, given back while the image is in use |
 //! | `reftable`, `refcount` | the refcount table, its blocks and their entries |
@@ -33,6 +34,7 @@ mod cow;
 mod damage;
 mod data_file;
 mod discard;
+mod encrypted;
 mod entry;
 mod extended;
 mod fill;
@@ -142,8 +144,9 @@ impl Qcow2 {
         self.header.data_file.is_some()
     }
 
-    /// True if new clusters read as the guest's zeros, durably, where nothing was written to them.
+    /// True if new clusters read as the guest's zeros, durably, where nothing was written to them. Zeros
+    /// in the file are not that where they are taken for ciphertext.
     pub(crate) fn fresh_reads_zero(&self, fresh: &Fresh<'_>) -> bool {
-        fresh.zeroed()
+        fresh.zeroed() && self.header.encryption == header::Encryption::None
     }
 }

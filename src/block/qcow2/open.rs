@@ -50,7 +50,8 @@ impl Qcow2 {
         Self::open_with_data(io, storage, None, header, options).await
     }
 
-    /// As [`Qcow2::open`]; `data` is the external data file of an image that has one.
+    /// As [`Qcow2::open`]; `data` is where guest data lies, if that is not `storage` as it is: the external
+    /// data file, or the plaintext of an encrypted image.
     ///
     /// # Errors
     /// As [`Qcow2::open`]; [`crate::block::error::ErrorKind::InvalidImage`] for a data file that is not
@@ -83,6 +84,9 @@ impl Qcow2 {
             for range in tables.metadata() {
                 let count = range.end - range.start;
                 new.reserve_metadata(HostCluster(range.start), count, "L1 or an L2 table")?;
+            }
+            if let Some((first, count)) = header.luks_clusters() {
+                new.reserve_metadata(first, count, "encryption header")?;
             }
             bitmaps = Upkeep::open(io, &storage, &header, &new).await?;
             alloc = Some(Arc::new(new));

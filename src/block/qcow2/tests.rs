@@ -5,6 +5,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use super::*;
+use crate::block::crypt::{CryptStorage, KeySource, KeySpec, Keys, Unlocked};
 use crate::block::error::{ErrorKind, Result};
 use crate::block::sim::{Sim, SimStorage, random};
 use crate::reactor::{Epochs, Io, IoConfig, Sg};
@@ -17,6 +18,7 @@ mod cow;
 mod crash;
 mod damage;
 mod data_file;
+mod encrypted;
 mod extended;
 mod faults;
 mod fresh;
@@ -90,6 +92,35 @@ impl Images {
         );
     }
 
+    /// An encrypted image, over a raw base if one is named. Its key is in the file `key`.
+    fn create_encrypted(&self, name: &str, options: &str, base: Option<&str>, size: u64) {
+        write_file(&self.path("key"), b"secret");
+        let (file, size) = (self.name(name), size.to_string());
+        let secret = format!("secret,id=s,file={}", self.name("key"));
+        let options =
+            format!("{options},encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10");
+        let base = base.map(|base| self.name(base));
+        let mut args = vec![
+            "create", "-q", "--object", &secret, "-f", "qcow2", "-o", &options,
+        ];
+        if let Some(base) = &base {
+            args.extend(["-b", base, "-F", "raw"]);
+        }
+        args.extend([file.as_str(), &size]);
+        run("qemu-img", &args);
+    }
+
+    /// What `qemu-img check` says of an image of [`Images::create_encrypted`] must be nothing.
+    fn check_encrypted(&self, name: &str) {
+        let secret = format!("secret,id=s,file={}", self.name("key"));
+        let image = format!(
+            "driver=qcow2,encrypt.key-secret=s,file.filename={}",
+            self.name(name)
+        );
+        let line = ["check", "-q", "--object", &secret, "--image-opts", &image];
+        run("qemu-img", &line);
+    }
+
     fn qemu_io(&self, name: &str, commands: &[&str]) {
         let file = self.name(name);
         let mut args = vec!["-f", "qcow2"];
@@ -140,6 +171,26 @@ fn the_sim(storage: &Storage) -> &SimStorage {
 async fn open(io: &Io, storage: &Arc<Storage>, options: Options) -> Result<Qcow2> {
     let header = Header::read(io, storage).await?;
     Qcow2::open(io, storage.clone(), header, options).await
+}
+
+/// Opens an image of [`Images::create_encrypted`].
+async fn open_encrypted(
+    io: &Io,
+    storage: &Arc<Storage>,
+    images: &Images,
+    options: Options,
+) -> Result<(Qcow2, Arc<Unlocked>)> {
+    let header = Header::read(io, storage).await?;
+    let keys = Keys::load(&[KeySpec {
+        image: None,
+        source: KeySource::File(images.path("key")),
+    }])?;
+    let place = header.luks(storage.len())?.expect("encrypted");
+    let key = Unlocked::open(io, storage, place, &keys, None).await?;
+    let plain = CryptStorage::new(storage.clone(), key.clone(), 0);
+    let data = Some(Arc::new(Storage::Crypt(Box::new(plain))));
+    let image = Qcow2::open_with_data(io, storage.clone(), data, header, options).await?;
+    Ok((image, key))
 }
 
 const READ: Options = Options {
