@@ -156,7 +156,7 @@ impl Allocator {
         clash.map_err(|there| self.corrupt(first.0, format!("the {what} overlaps the {there}")))
     }
 
-    /// Ends a reservation: exactly the clusters of one call of [`Allocator::reserve_metadata`].
+    /// Ends a reservation, of all or some of the clusters of one call of [`Allocator::reserve_metadata`].
     pub fn release_metadata(&self, first: HostCluster, count: u64) {
         lock(&self.reserved).remove(Run::new(first.0, count));
     }

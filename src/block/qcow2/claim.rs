@@ -79,6 +79,9 @@ pub(super) enum Attempt<'a> {
     Unwanted,
     /// The slice is not in memory.
     Missing,
+    /// The slice's L2 table is shared with a snapshot, and must be made ours first
+    /// ([`super::Qcow2::own_table`]).
+    Shared,
 }
 
 impl Tables {
@@ -91,6 +94,10 @@ impl Tables {
         wanted: impl Fn(usize, u64) -> bool,
     ) -> Attempt<'_> {
         let place = self.place(first);
+        // A table that is ours stays so.
+        if self.shared_table(place.slice).is_some() {
+            return Attempt::Shared;
+        }
         let Some(slice) = self.pin(place.slice) else {
             return Attempt::Missing;
         };

@@ -144,7 +144,7 @@ impl Qcow2 {
             match next {
                 Some(Some(n)) => {
                     cluster = GuestCluster(cluster.0 + n);
-                    cluster.0 += self.unmap_run(io, cluster, left - n, mode).await;
+                    cluster.0 += self.unmap_run(io, cluster, left - n, mode).await?;
                 }
                 Some(None) => cluster.0 += left,
                 None if self.tables.slice_offset(place.slice).is_some() => {
@@ -159,7 +159,7 @@ impl Qcow2 {
     }
 
     /// Unmaps what can be claimed in a row; returns how many clusters.
-    async fn unmap_run(&self, io: &Io, first: GuestCluster, most: u64, mode: Unmap) -> u64 {
+    async fn unmap_run(&self, io: &Io, first: GuestCluster, most: u64, mode: Unmap) -> Result<u64> {
         let attempt = self
             .tables
             .try_claim(first, most, |_, raw| self.unmapped(raw, mode).is_some());
@@ -167,9 +167,13 @@ impl Qcow2 {
             Attempt::Claimed(claim) => claim,
             Attempt::Busy => {
                 self.tables.unclaimed(first).await;
-                return 0;
+                return Ok(0);
             }
-            Attempt::Unwanted | Attempt::Missing => return 0,
+            Attempt::Unwanted | Attempt::Missing => return Ok(0),
+            Attempt::Shared => {
+                self.own_table(io, self.tables.place(first).slice).await?;
+                return Ok(0);
+            }
         };
         // Who writes to an incomplete cluster ends that before its clusters go.
         let mut closed = Vec::new();
@@ -207,7 +211,7 @@ impl Qcow2 {
         let count = claim.count() as u64;
         drop(claim);
         freed.free(self, io);
-        count
+        Ok(count)
     }
 
     /// Makes bytes zero without changing what is mapped, but where something must be mapped for it.

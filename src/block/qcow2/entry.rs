@@ -149,6 +149,20 @@ pub(super) fn l1_is_well_formed(raw: u64, g: &Geometry) -> bool {
     raw & !(COPIED | OFFSET) == 0 && g.is_aligned(raw & OFFSET)
 }
 
+/// An L2 entry of a table that several L1 tables lead to: its cluster has as many references at least, so
+/// the flag, where a damaged image has it, does not count. What is malformed stays so.
+pub(super) fn shared(raw: u64) -> u64 {
+    if raw & COMPRESSED != 0 || raw & OFFSET == 0 {
+        return raw;
+    }
+    raw & !COPIED
+}
+
+/// True if an L1 entry leads to a table that other L1 tables lead to as well.
+pub(super) fn is_shared_table(raw: u64) -> bool {
+    raw & OFFSET != 0 && raw & COPIED == 0
+}
+
 /// The entry of a data cluster, or of a table, that is referenced once.
 pub(super) fn data(host: HostOffset) -> u64 {
     host.0 | COPIED
@@ -228,6 +242,17 @@ mod tests {
         assert_eq!(decode(0, &g), Entry::Unallocated);
         assert!(is_well_formed(COPIED, &g, 3) && is_well_formed(COPIED | ZERO, &g, 3));
         assert!(!is_well_formed(COMPRESSED | 77, &g, 3));
+    }
+
+    #[test]
+    fn entries_of_a_shared_table_lose_the_flag_and_stay_as_malformed_as_they_are() {
+        assert_eq!(shared(COPIED | 0x50000), 0x50000);
+        assert_eq!(shared(COPIED | 0x50001), 0x50001);
+        for same in [0, 1, 0x50000, COMPRESSED | 77, COPIED, BAD, BAD | 77] {
+            assert_eq!(shared(same), same, "{same:#x}");
+        }
+        assert!(is_shared_table(0x50000));
+        assert!(!is_shared_table(COPIED | 0x50000) && !is_shared_table(0));
     }
 
     #[test]

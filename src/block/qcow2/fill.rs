@@ -157,7 +157,8 @@ impl Qcow2 {
                 self.tables.unclaimed(first).await;
                 return Ok(0);
             }
-            Attempt::Unwanted | Attempt::Missing => return Ok(1),
+            // A record is only in a table that is ours.
+            Attempt::Unwanted | Attempt::Missing | Attempt::Shared => return Ok(1),
         };
         let mut closed = Vec::with_capacity(claim.count());
         for n in 0..claim.count() {

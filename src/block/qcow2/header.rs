@@ -473,15 +473,15 @@ impl Header {
                 ),
             ));
         }
-        if self.snapshots > 0 {
+        // QEMU makes no such image: a snapshot of what is outside the image is none.
+        if self.snapshots > 0 && self.data_file.is_some() {
             return Err(Error::image(
                 ErrorKind::Unsupported,
                 &self.path,
                 60,
                 format!(
-                    "the image has {} internal snapshot(s), and writing to such images is not supported; \
+                    "the image has internal snapshots and an external data file, and is not written to; \
                      open it read-only, or delete them with: qemu-img snapshot -d NAME {}",
-                    self.snapshots,
                     self.path.display()
                 ),
             ));

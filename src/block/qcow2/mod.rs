@@ -17,6 +17,7 @@
 //! | `reftable`, `refcount` | the refcount table, its blocks and their entries |
 //! | `resize` | another size of the disk |
 //! | [`bitmaps`] | persistent bitmaps: kept up while the image is written to |
+//! | [`snapshots`] | internal snapshots: what they need, and tables that become ours alone |
 //! | [`check`] | counting references, as `qemu-img check` does |
 //! | [`repair`] | making refcounts and COPIED flags what the references say |
 //! | `damage` | metadata found to be wrong while the image is in use |
@@ -55,6 +56,7 @@ mod resize;
 mod room;
 mod runs;
 mod slice;
+pub mod snapshots;
 mod tables;
 pub mod units;
 mod write;
@@ -104,7 +106,7 @@ pub struct Qcow2 {
     inflated: Inflated,
     /// Of images with extended L2 entries: what is being changed.
     reservations: extended::Reservations,
-    /// Held by who makes an L2 table, or moves the L1 table.
+    /// Held by who makes an L2 table, copies a shared one, or moves the L1 table.
     new_table: async_lock::Mutex<()>,
     /// Held by who changes the disk's size.
     resizing: async_lock::Mutex<()>,

@@ -13,6 +13,7 @@ use super::header::{Header, incompatible};
 use super::inflated::Inflated;
 use super::record::Records;
 use super::repair::{self, OnDirty};
+use super::snapshots;
 use super::tables::Tables;
 use super::units::HostCluster;
 use crate::block::error::Result;
@@ -77,13 +78,22 @@ impl Qcow2 {
                 storage.path().display()
             );
         }
-        let tables = Tables::open(io, &storage, &header, write, options.l2_cache_bytes).await?;
+        let held = match write {
+            true => Some(snapshots::held(io, &storage, &header).await?),
+            false => None,
+        };
+        let cache_bytes = options.l2_cache_bytes;
+        let tables = Tables::open(io, &storage, &header, held.as_ref(), cache_bytes).await?;
         let (mut alloc, mut bitmaps) = (None, None);
         if write {
             let new = Allocator::open(io, &storage, &header, options.workers).await?;
             for range in tables.metadata() {
                 let count = range.end - range.start;
-                new.reserve_metadata(HostCluster(range.start), count, "L1 or an L2 table")?;
+                new.reserve_metadata(
+                    HostCluster(range.start),
+                    count,
+                    "L1, an L2 or a snapshot's table",
+                )?;
             }
             if let Some((first, count)) = header.luks_clusters() {
                 new.reserve_metadata(first, count, "encryption header")?;

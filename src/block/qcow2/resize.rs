@@ -206,7 +206,7 @@ impl Qcow2 {
             match next {
                 Some(Some(n)) => {
                     cluster.0 += n;
-                    cluster.0 += self.unallocate_run(io, cluster, left - n, gone).await;
+                    cluster.0 += self.unallocate_run(io, cluster, left - n, gone).await?;
                 }
                 Some(None) => cluster.0 += left,
                 None if self.tables.slice_offset(place.slice).is_some() => {
@@ -224,14 +224,18 @@ impl Qcow2 {
         first: GuestCluster,
         most: u64,
         gone: (u64, u64),
-    ) -> u64 {
+    ) -> Result<u64> {
         let claim = match self.tables.try_claim(first, most, |_, _| true) {
             Attempt::Claimed(claim) => claim,
             Attempt::Busy => {
                 self.tables.unclaimed(first).await;
-                return 0;
+                return Ok(0);
             }
-            Attempt::Unwanted | Attempt::Missing => return 0,
+            Attempt::Unwanted | Attempt::Missing => return Ok(0),
+            Attempt::Shared => {
+                self.own_table(io, self.tables.place(first).slice).await?;
+                return Ok(0);
+            }
         };
         let mut freed = Freed::default();
         let at = self.tables.place(first).at;
@@ -246,7 +250,7 @@ impl Qcow2 {
         let count = claim.count() as u64;
         drop(claim);
         freed.free(self, io);
-        count
+        Ok(count)
     }
 
     /// Gives the L1 table `entries` entries, in other clusters of the file.

@@ -126,14 +126,19 @@ impl Reserved {
         Ok(())
     }
 
-    /// Forgets the range that was added as exactly this.
+    /// Forgets clusters that were added as one range, or as part of one.
     pub(super) fn remove(&mut self, run: Run) {
-        if self
-            .ranges
-            .get(&run.first)
-            .is_some_and(|r| r.0 == run.count)
-        {
-            self.ranges.remove(&run.first);
+        let range = self.ranges.range(..=run.first).next_back();
+        let Some((&first, &(count, what))) = range.filter(|r| r.0 + r.1.0 >= run.end()) else {
+            return;
+        };
+        self.ranges.remove(&first);
+        if first < run.first {
+            self.ranges.insert(first, (run.first - first, what));
+        }
+        if run.end() < first + count {
+            self.ranges
+                .insert(run.end(), (first + count - run.end(), what));
         }
     }
 
@@ -248,6 +253,21 @@ mod tests {
         );
         assert_eq!(reserved.clash(Run::new(8, 90)), Some((14, "L2 table")));
         assert_eq!(reserved.clash(Run::new(17, 90)), None);
+    }
+
+    #[test]
+    fn a_part_of_a_reserved_range_is_given_up_and_the_rest_stays() {
+        let mut reserved = Reserved::default();
+        reserved.add(Run::new(5, 5), "L2 tables").unwrap();
+        reserved.remove(Run::new(9, 2));
+        assert_eq!(reserved.clash(Run::new(9, 1)), Some((9, "L2 tables")));
+        reserved.remove(Run::new(7, 1));
+        assert_eq!(reserved.clash(Run::new(7, 1)), None);
+        assert_eq!(reserved.clash(Run::new(0, 100)), Some((5, "L2 tables")));
+        assert_eq!(reserved.clash(Run::new(7, 3)), Some((8, "L2 tables")));
+        reserved.remove(Run::new(5, 2));
+        reserved.remove(Run::new(8, 2));
+        assert_eq!(reserved.clash(Run::new(0, 100)), None);
     }
 
     #[test]

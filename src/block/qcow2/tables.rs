@@ -1,8 +1,10 @@
 //! The L1 table and the cache of L2 slices.
 //!
 //! `docs/interop/qcow2.rst`, section "Cluster mapping". The L1 table is in memory as a whole; slices are
-//! loaded at their first use and thrown away by a clock when there are more than the limit. L2 tables
-//! are made and never given back, so an L1 entry changes once at most, from 0.
+//! loaded at their first use and thrown away by a clock when there are more than the limit. An L1 entry
+//! changes once at most: from 0 to a new table of zeros, or from a table that is shared with snapshots to a
+//! copy of it (`snapshots`). Either way slices that are in memory, or being loaded, stay right: what the
+//! new table says is what the entry led to before.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::future::poll_fn;
@@ -19,6 +21,7 @@ use super::extended;
 use super::header::{Header, MAX_HOST_OFFSET, MAX_L1_BYTES};
 use super::room::Room;
 use super::slice::{DIRTY, Directory, ORDERED, Pinned, Shape, Slice};
+use super::snapshots::{Held, merge, overlaps};
 use super::units::{Geometry, GuestCluster, HostCluster, HostOffset};
 use crate::block::error::{Error, ErrorKind, Result};
 use crate::block::storage::Storage;
@@ -51,6 +54,8 @@ pub(super) struct Tables {
     /// Header, L1 table and L2 tables as they were when the image was opened; what becomes of them in an
     /// image that is written to, the allocator knows. In host clusters, ascending, not overlapping.
     fixed: Vec<Range<u64>>,
+    /// What snapshots need, also of what the active disk has no more. Empty in an image that is only read.
+    snapshots: Vec<Range<u64>>,
     directory: Directory,
     /// Loaded slices, in the order of the clock; its hand is at the front.
     clock: Mutex<VecDeque<u64>>,
@@ -84,20 +89,22 @@ pub(super) struct Place {
 }
 
 impl Tables {
-    /// Reads and checks the L1 table. With `exclusive`, for writing, every L2 table must be there once,
-    /// belong to the image alone and be nothing else.
+    /// Reads and checks the L1 table. With `held`, for writing, every L2 table must be there once, be
+    /// nothing else, and be the image's alone or else one that a snapshot has.
     pub(super) async fn open(
         io: &Io,
         storage: &Storage,
         header: &Header,
-        exclusive: bool,
+        held: Option<&Held>,
         cache_bytes: u64,
     ) -> Result<Self> {
         let g = header.geometry;
         let raw = read_l1(io, storage, header).await?;
-        let fixed = check_l1(&raw, storage, header, exclusive)?;
+        let fixed = check_l1(&raw, storage, header, held)?;
+        let mut snapshots: Vec<Range<u64>> = held.into_iter().flat_map(Held::ranges).collect();
+        merge(&mut snapshots);
         let shape = Shape::new(&g);
-        let (l1, directory) = Self::rooms(header, shape, exclusive).ok_or_else(|| {
+        let (l1, directory) = Self::rooms(header, shape, held.is_some()).ok_or_else(|| {
             Error::image(
                 ErrorKind::Unsupported,
                 &header.path,
@@ -118,6 +125,7 @@ impl Tables {
             l1_offset: AtomicU64::new(header.l1_offset.0),
             l1_entries: AtomicU64::new(header.l1_entries),
             fixed,
+            snapshots,
             directory,
             clock: Mutex::default(),
             loaded: AtomicUsize::new(0),
@@ -186,8 +194,18 @@ impl Tables {
 
     /// Where a slice is in the file; none without an L2 table.
     pub(super) fn slice_offset(&self, slice: u64) -> Option<HostOffset> {
+        self.slice_offset_in(self.l1_entry(slice), slice)
+    }
+
+    /// The slice's L2 table, as long as it is shared with snapshots.
+    pub(super) fn shared_table(&self, slice: u64) -> Option<HostOffset> {
+        let raw = self.l1_entry(slice);
+        entry::is_shared_table(raw).then_some(HostOffset(entry::l1_offset(raw)))
+    }
+
+    fn slice_offset_in(&self, l1_entry: u64, slice: u64) -> Option<HostOffset> {
         let g = self.geometry;
-        let table = entry::l1_offset(self.l1_entry(slice));
+        let table = entry::l1_offset(l1_entry);
         let in_table = slice & ((1 << (g.l2_bits() - g.slice_bits())) - 1);
         (table != 0).then(|| HostOffset(table + in_table * g.slice_bytes()))
     }
@@ -226,15 +244,20 @@ impl Tables {
         if self.with(slice, |_| ()).is_some() {
             return Ok(());
         }
-        let Some(offset) = self.slice_offset(slice) else {
+        // The table may become ours while its slice is read: what was shared is as in the copy.
+        let l1_entry = self.l1_entry(slice);
+        let Some(offset) = self.slice_offset_in(l1_entry, slice) else {
             return Ok(());
         };
+        let is_shared = entry::is_shared_table(l1_entry);
         let mut buf = io.buf(self.geometry.slice_bytes() as usize);
         storage.read(io, offset.0, buf.sg()).await?;
         let word = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_be_bytes);
         let raw = buf.chunks_exact(1 << self.geometry.entry_bits()).map(|b| {
             let (entry, bitmap) = b.split_at(8);
-            (word(entry), word(bitmap))
+            let raw = word(entry);
+            let raw = if is_shared { entry::shared(raw) } else { raw };
+            (raw, word(bitmap))
         });
         let file_len = storage.len();
         let extended = self.geometry.extended_l2;
@@ -293,7 +316,10 @@ impl Tables {
             // The last cluster of a file may be cut off anywhere.
             first.0 << g.cluster_bits <= file_len
                 && match alloc {
-                    Some(alloc) => alloc.is_metadata(first, count).is_none(),
+                    Some(alloc) => {
+                        alloc.is_metadata(first, count).is_none()
+                            && !overlaps(&self.snapshots, &(first.0..first.0 + count))
+                    }
                     None => !self.is_fixed_metadata(first, count),
                 }
         };
@@ -315,15 +341,12 @@ impl Tables {
         }
     }
 
-    /// True if one of the clusters is header, L1 or an L2 table that was there at opening.
+    /// True if one of the clusters is header, L1, an L2 table that was there at opening, or a snapshot's.
     fn is_fixed_metadata(&self, first: HostCluster, count: u64) -> bool {
-        let after = self.fixed.partition_point(|range| range.end <= first.0);
-        self.fixed
-            .get(after)
-            .is_some_and(|range| range.start < first.0 + count)
+        overlaps(&self.fixed, &(first.0..first.0 + count))
     }
 
-    /// The L1 table and L2 tables of the time of opening, in host clusters.
+    /// The L1 table and L2 tables of the time of opening, and what snapshots need, in host clusters.
     pub(super) fn metadata(&self) -> impl Iterator<Item = Range<u64>> {
         // The header is the allocator's own business.
         self.fixed.iter().filter_map(|range| {
@@ -546,12 +569,13 @@ async fn read_l1(io: &Io, storage: &Storage, header: &Header) -> Result<Vec<u64>
     Ok(raw)
 }
 
-/// Checks every L1 entry and returns the metadata clusters that they, the header and the L1 table make.
+/// Checks every L1 entry and returns the metadata clusters that they, the header, the L1 table and
+/// snapshots make.
 fn check_l1(
     raw: &[u64],
     storage: &Storage,
     header: &Header,
-    exclusive: bool,
+    held: Option<&Held>,
 ) -> Result<Vec<Range<u64>>> {
     let g = header.geometry;
     let corrupt = |index: usize, what: &str| {
@@ -589,28 +613,46 @@ fn check_l1(
         if fixed.iter().any(|range| range.contains(&table)) || refcount_table.contains(&table) {
             return corrupt(index, "points at other metadata");
         }
-        if exclusive && raw & entry::COPIED == 0 {
-            return corrupt(
-                index,
-                "says that its L2 table is shared, in an image without snapshots",
-            );
+        if let Some(held) = held {
+            if held.has_table(table) {
+                return corrupt(index, "points at a table of a snapshot");
+            }
+            match (entry::is_shared_table(raw), held.has_l2_table(table)) {
+                (true, false) => {
+                    let what = "says that its L2 table is shared, and no snapshot has it";
+                    return corrupt(index, what);
+                }
+                (false, true) => {
+                    let what = "says that its L2 table is its own, and a snapshot has it";
+                    return corrupt(index, what);
+                }
+                _ => {}
+            }
         }
         tables.push((table, index));
     }
     tables.sort_unstable();
     if let Some(pair) = tables.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-        if exclusive {
+        if held.is_some() {
             return corrupt(pair[1].1, "points at the L2 table of another entry");
         }
     }
-    fixed.extend(tables.into_iter().map(|(table, _)| table..table + 1));
-    fixed.sort_unstable_by_key(|range| range.start);
-    let mut merged: Vec<Range<u64>> = Vec::new();
-    for range in fixed {
-        match merged.last_mut() {
-            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
-            _ => merged.push(range),
+    if let Some(held) = held {
+        if let Some(range) = held.ranges().find(|held| {
+            let both = |range: &Range<u64>| range.start < held.end && held.start < range.end;
+            fixed.iter().any(both)
+        }) {
+            let what = format!(
+                "a table of a snapshot overlaps the header or the L1 table; look at the image with: \
+                 qemu-img check {}",
+                header.path.display()
+            );
+            let at = range.start << g.cluster_bits;
+            return Err(Error::image(ErrorKind::Corrupt, &header.path, at, what));
         }
+        fixed.extend(held.ranges());
     }
-    Ok(merged)
+    fixed.extend(tables.into_iter().map(|(table, _)| table..table + 1));
+    merge(&mut fixed);
+    Ok(fixed)
 }

@@ -29,6 +29,7 @@ mod leaks;
 mod memory;
 mod read;
 mod resize;
+mod snapshots;
 mod write;
 
 /// A reactor of its own epoch domain.

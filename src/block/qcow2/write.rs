@@ -281,6 +281,10 @@ impl Qcow2 {
                 return Ok(0);
             }
             Attempt::Unwanted | Attempt::Missing => return Ok(0),
+            Attempt::Shared => {
+                self.own_table(io, self.tables.place(cluster).slice).await?;
+                return Ok(0);
+            }
         };
         match first.get() {
             Entry::Zero {

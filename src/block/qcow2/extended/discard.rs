@@ -99,6 +99,9 @@ impl Qcow2 {
             let end = whole(first, self.tables.left_in_table(first)).end;
             return Ok(Done::Until(range.end.min(end)));
         }
+        if self.tables.shared_table(slice).is_some() {
+            self.own_table(io, slice).await?;
+        }
         let left = whole(first, self.tables.left_in_slice(first));
         let range = range.start..range.end.min(left.end);
         let mut freed = Freed::default();

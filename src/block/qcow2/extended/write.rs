@@ -77,11 +77,14 @@ impl Qcow2 {
         from: Sg<'_>,
     ) -> Result<u64> {
         let cluster = self.tables.geometry.guest_cluster(GuestOffset(offset));
+        let slice = self.tables.place(cluster).slice;
+        if self.tables.shared_table(slice).is_some() {
+            self.own_table(io, slice).await?;
+        }
         match self.step(offset, from.len() as u64) {
             Step::Again => Ok(0),
-            Step::Bad => Err(self.bad_entry(cluster)),
+            Step::Bad => Err(self.found_bad(io, cluster).await),
             Step::Wait(purpose, range) => {
-                let slice = self.tables.place(cluster).slice;
                 self.until_free(slice, purpose, range).await;
                 Ok(0)
             }

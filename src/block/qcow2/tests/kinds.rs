@@ -151,7 +151,6 @@ pub(super) const KINDS: &[Kind] = &[
     Kind {
         name: "snapshots",
         prepare: SNAPSHOTS,
-        off: Some("internal snapshots are refused"),
         ..PLAIN
     },
     Kind {
@@ -159,7 +158,6 @@ pub(super) const KINDS: &[Kind] = &[
         options: "cluster_size=512",
         below: 400_000,
         prepare: SNAPSHOTS,
-        off: Some("internal snapshots are refused"),
         ..PLAIN
     },
     Kind {
@@ -169,7 +167,6 @@ pub(super) const KINDS: &[Kind] = &[
             IoCommands(&["write -c -P 3 0 64k", "write -P 5 256k 64k"]),
             Img(&["snapshot", "-c", "first", "{}"]),
         ],
-        off: Some("internal snapshots are refused"),
         ..PLAIN
     },
     Kind {
@@ -189,7 +186,6 @@ pub(super) const KINDS: &[Kind] = &[
         name: "extended L2 entries and snapshots",
         options: "cluster_size=16k,extended_l2=on",
         prepare: SNAPSHOTS,
-        off: Some("internal snapshots are refused"),
         ..PLAIN
     },
     Kind {

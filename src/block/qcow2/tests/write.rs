@@ -372,25 +372,6 @@ fn read_only_images_refuse_every_change() {
 }
 
 #[test]
-fn snapshots_are_refused_for_writing_only() {
-    let images = Images::new();
-    images.create("a", "cluster_size=64k", 1 << 20);
-    run("qemu-img", &["snapshot", "-c", "one", &images.name("a")]);
-    let io = reactor();
-    io.block_on(async {
-        let storage = sim(images.bytes("a"), Sim::default());
-        let write = Options {
-            read_only: false,
-            ..READ
-        };
-        let error = open(&io, &storage, write).await.expect_err("refused");
-        assert_eq!(error.kind(), ErrorKind::Unsupported);
-        assert!(error.to_string().contains("snapshot -d"), "{error}");
-        assert!(open(&io, &storage, READ).await.is_ok());
-    });
-}
-
-#[test]
 fn unknown_autoclear_bits_are_cleared_before_the_first_write() {
     let images = Images::new();
     images.create("a", "cluster_size=64k", 1 << 20);
