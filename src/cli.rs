@@ -13,6 +13,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use crate::config::args::{DiskArgs, ProcessArgs, WorkerArgs};
 use crate::config::{Config, Error, Host, Settings, file};
 use crate::tools::check::CheckArgs;
+use crate::tools::info::InfoArgs;
 
 /// What the process was asked to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +26,8 @@ pub enum Invocation {
     Run(Config),
     /// Check an image, and exit.
     Check(CheckArgs),
+    /// Tell what an image is, and exit.
+    Info(InfoArgs),
 }
 
 /// What to do instead of serving disks.
@@ -32,6 +35,8 @@ pub enum Invocation {
 pub enum Command {
     /// Check the consistency of a qcow2 image, and repair it if asked to
     Check(CheckArgs),
+    /// Tell what an image is, by its header
+    Info(InfoArgs),
 }
 
 /// The whole command line.
@@ -109,8 +114,10 @@ where
     let command = CommandLine::command();
     let matches = command.clone().try_get_matches_from(args)?;
     let line = CommandLine::from_arg_matches(&matches)?;
-    if let Some(Command::Check(args)) = line.command {
-        return Ok(Invocation::Check(args));
+    match line.command {
+        Some(Command::Check(args)) => return Ok(Invocation::Check(args)),
+        Some(Command::Info(args)) => return Ok(Invocation::Info(args)),
+        None => {}
     }
 
     let settings = match &line.config {

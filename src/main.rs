@@ -18,6 +18,7 @@ fn main() -> ExitCode {
             }
         }
         Ok(Invocation::Check(args)) => return tools::check::run(&args).into(),
+        Ok(Invocation::Info(args)) => return tools::info::run(&args),
         Err(error) => error.exit(),
     }
     ExitCode::SUCCESS

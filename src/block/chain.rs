@@ -323,6 +323,27 @@ fn backing_format(image: &Path, backing: &BackingName) -> Result<Format> {
     })
 }
 
+/// The backing file that `image`, of the chain of `top`, names, if it may be opened; and its format.
+///
+/// # Errors
+/// Those of [`open`] that concern the name.
+pub(crate) fn resolve_backing(
+    top: &Path,
+    allow_paths: &[PathBuf],
+    image: &Path,
+    backing: &BackingName,
+) -> Result<(PathBuf, Format)> {
+    let format = backing_format(image, backing)?;
+    let name = beside(image, "backing file", &backing.name)?;
+    let real = std::fs::canonicalize(&name)
+        .map_err(|error| Error::io(&name, "look up the backing file", None, error))?;
+    let allowed = allowed_roots(top, allow_paths)?;
+    if !allowed.iter().any(|root| real.starts_with(root)) {
+        return Err(not_allowed(image, "backing file", &backing.name, &real));
+    }
+    Ok((name, format))
+}
+
 /// The file that `image` means by the name of its backing file, or of another one (`what`).
 pub(super) fn beside(image: &Path, what: &str, name: &str) -> Result<PathBuf> {
     let refuse = |text: String| Err(Error::image(ErrorKind::NotAllowed, image, None, text));

@@ -26,6 +26,7 @@ pub mod storage;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use chain::{MAX_DEPTH, resolve_backing};
 pub use disk::{ActiveDisk, CacheMode, Disk, DiskLimits, DiskSpec, Format, Source};
 pub use error::{Error, ErrorKind, Result};
 pub use file::{FileOptions, FileStorage};

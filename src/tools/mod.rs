@@ -1,3 +1,4 @@
 //! Subcommands: what the program does with an image besides serving it.
 
 pub mod check;
+pub mod info;

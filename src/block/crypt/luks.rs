@@ -92,7 +92,28 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
     bytes.map_or(0, u32::from_be_bytes)
 }
 
+async fn read_raw(io: &Io, storage: &Storage, place: Place) -> Result<[u8; HEADER]> {
+    let mut buf = io.buf(HEADER);
+    storage.read(io, place.offset, buf.sg()).await?;
+    let mut raw = [0; HEADER];
+    raw.copy_from_slice(&buf);
+    Ok(raw)
+}
+
 impl Header {
+    /// Reads and checks the header of a LUKS file.
+    ///
+    /// # Errors
+    /// Those of reading, and of [`Header::parse`].
+    pub async fn read(io: &Io, storage: &Storage) -> Result<Self> {
+        let place = Place {
+            offset: 0,
+            len: storage.len(),
+        };
+        let raw = read_raw(io, storage, place).await?;
+        Self::parse(storage.path(), &raw, place)
+    }
+
     /// Checks `raw`, the first bytes at `place`.
     ///
     /// # Errors
@@ -309,10 +330,7 @@ impl Unlocked {
         known: Option<Arc<Self>>,
     ) -> Result<Arc<Self>> {
         let path = storage.path();
-        let mut buf = io.buf(HEADER);
-        storage.read(io, place.offset, buf.sg()).await?;
-        let mut raw = [0; HEADER];
-        raw.copy_from_slice(&buf);
+        let raw = read_raw(io, storage, place).await?;
         if let Some(known) = known.filter(|known| *known.header.raw == raw && known.place == place)
         {
             return Ok(known);

@@ -58,6 +58,12 @@ pub mod incompatible {
     pub const KNOWN: u64 = 0x1f;
 }
 
+/// Bits of `compatible_features`.
+pub mod compatible {
+    /// Refcounts may be written late, after the dirty bit was set.
+    pub const LAZY_REFCOUNTS: u64 = 1 << 0;
+}
+
 /// Bits of `autoclear_features`.
 pub mod autoclear {
     /// The bitmaps extension is consistent.
