@@ -118,7 +118,7 @@ impl Pair {
                     }
                 }
                 _ => {
-                    image.flush(io, &vec![]).await.expect("flush");
+                    image.flush(io, &self.below).await.expect("flush");
                     self.check_raw(&what);
                 }
             }
@@ -167,7 +167,7 @@ fn random_changes_are_as_the_model_and_qemu_reads_both_files() {
                 for round in 0..2 {
                     let image = pair.open(&io, false).await;
                     pair.steps(&io, &image, seed * 10 + round).await;
-                    image.close(&io, &vec![]).await.expect("close");
+                    image.close(&io, &pair.below).await.expect("close");
                     pair.check_raw(&what);
                 }
                 if options == "cluster_size=64k" {
@@ -231,7 +231,7 @@ fn power_loss_of_both_files_loses_nothing_flushed_and_invents_nothing() {
                     _ => {
                         drop(pin);
                         let point = history.flush_begins();
-                        image.flush(&io, &vec![]).await.expect("flush");
+                        image.flush(&io, &pair.below).await.expect("flush");
                         history.flush_completed(point);
                     }
                 }
@@ -265,7 +265,7 @@ fn power_loss_of_both_files_loses_nothing_flushed_and_invents_nothing() {
                     }
                 }
             }
-            image.close(&io, &vec![]).await.expect("close");
+            image.close(&io, &pair.below).await.expect("close");
         });
         io.close();
     }
@@ -314,7 +314,7 @@ impl World {
                 _ => {
                     drop(pin);
                     let point = self.history.flush_begins();
-                    self.image.flush(io, &vec![]).await.expect("flush");
+                    self.image.flush(io, &self.pair.below).await.expect("flush");
                     self.history.flush_completed(point);
                 }
             }
@@ -387,7 +387,11 @@ fn writers_of_shared_clusters_and_power_loss_with_a_data_file() {
                 .await
                 .expect("read");
             world.history.check_now(&disk, "at the end");
-            world.image.close(&io, &vec![]).await.expect("close");
+            world
+                .image
+                .close(&io, &world.pair.below)
+                .await
+                .expect("close");
             if raw {
                 let view = world.pair.raw_view(the_sim(&world.pair.data).image());
                 world.history.check_now(&view, "the data file by itself");
