@@ -79,7 +79,8 @@ fn a_power_loss_at_any_operation_leaks_at_worst() {
                 cuts.extend(1..total.min(40));
                 for (at, event) in (0u64..).zip(&events) {
                     if matches!(event, Event::Write { offset: 0, .. }) {
-                        cuts.extend(at.saturating_sub(4)..(at + 6).min(total));
+                        // 0 would be no cut.
+                        cuts.extend(at.saturating_sub(4).max(1)..(at + 6).min(total));
                     }
                 }
                 cuts.extend((0..12).map(|_| 1 + random(&mut seed) % (total - 1)));
