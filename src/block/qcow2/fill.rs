@@ -251,7 +251,7 @@ impl Qcow2 {
         let mut ranges: Vec<Range<usize>> = record.missing().map(place).map(inside).collect();
         ranges.retain(|range| !range.is_empty() && is_needed(range));
         if ranges.len() > MAX_GAPS {
-            ranges = vec![self.read_back(io, start, record, buf).await?];
+            ranges = vec![inside(self.read_back(io, start, record, buf).await?)];
         }
         for at in ranges {
             let host = record.host().0 + (at.start - start) as u64;

@@ -77,8 +77,10 @@ impl Qcow2 {
         }
         // Whoever has a ticket by now completed its writes before this flush's snapshot.
         let covers = self.flushes.asked.load(Ordering::SeqCst);
-        self.fill_older(io, below, Duration::ZERO).await?;
+        let filled = self.fill_older(io, below, Duration::ZERO).await;
+        // A cluster that cannot be completed keeps its old mapping in the file, and keeps nothing else back.
         self.flush_once(io).await?;
+        filled?;
         *done = covers;
         Ok(())
     }
@@ -190,6 +192,9 @@ impl Qcow2 {
         let mut flushed = self.flush(io, below).await;
         if let (Ok(()), Some(bitmaps)) = (&flushed, &self.bitmaps) {
             flushed = bitmaps.store(io, &self.storage, &self.header, alloc).await;
+        }
+        if flushed.is_err() || self.refuse_writes.load(Ordering::SeqCst) {
+            alloc.leaks().keep_mark();
         }
         // Also after an error: arenas must be stopped, and the more is given back the better.
         let closed = alloc.close(io).await;

@@ -82,12 +82,40 @@ enum State {
     Due,
     /// Under way on its thread.
     Searching,
-    /// Unreferenced clusters; to be given back when requests of the epoch have ended.
-    Found(Vec<Run>, Option<Epoch>),
+    /// Something was found, and is being given back.
+    Found(Found),
     /// Nothing more to do.
     Done,
     /// It could not be done: the mark stays.
     Failed,
+}
+
+/// What a search found.
+#[derive(Debug)]
+struct Found {
+    /// Unreferenced clusters that nobody has taken on yet.
+    runs: Vec<Run>,
+    /// More has leaked than these: what is left over keeps the mark.
+    more: bool,
+    /// They are given back when requests of this epoch have ended.
+    epoch: Option<Epoch>,
+    /// Runs that somebody is giving back.
+    in_hand: u32,
+}
+
+/// A run that is being given back. Dropped with the run, because the task was dropped, it is found again.
+struct InHand<'a> {
+    state: &'a Mutex<State>,
+    run: Option<Run>,
+}
+
+impl Drop for InHand<'_> {
+    fn drop(&mut self) {
+        if let State::Found(found) = &mut *lock(self.state) {
+            found.in_hand -= 1;
+            found.runs.extend(self.run.take());
+        }
+    }
 }
 
 /// The search for leaked clusters of an image that is open for writing.
@@ -134,6 +162,21 @@ impl Leaks {
         self.cancelled.store(true, Ordering::SeqCst);
     }
 
+    /// Ends a search for good, if it is not over: the tables may no longer be where it reads them.
+    pub(super) fn give_up(&self) {
+        self.cancel();
+        let mut state = lock(&self.state);
+        if !matches!(*state, State::Done) {
+            *state = State::Failed;
+        }
+    }
+
+    /// Keeps the mark: there may be clusters that nothing points at and nobody knows of.
+    pub(super) fn keep_mark(&self) {
+        self.cancel();
+        *lock(&self.state) = State::Failed;
+    }
+
     /// True if all that had leaked was given back, or nothing was looked for.
     pub(super) fn is_done(&self) -> bool {
         matches!(*lock(&self.state), State::Done)
@@ -146,13 +189,13 @@ impl Drop for Leaks {
     }
 }
 
-/// Clusters with refcount 1 in the file and no reference.
+/// Clusters with refcount 1 in the file and no reference; and whether other refcounts are too high.
 async fn search(
     io: &Io,
     storage: &Storage,
     header: &Header,
     cancelled: &AtomicBool,
-) -> Result<Vec<Run>> {
+) -> Result<Found> {
     // What the process before this one wrote may be in the page cache only. A loss of power must not bring an
     // entry back that points at what is free by then.
     storage.flush(io).await?;
@@ -164,9 +207,13 @@ async fn search(
         return Err(Error::image(ErrorKind::Corrupt, storage.path(), at, what));
     }
     let mut runs: Vec<Run> = Vec::new();
+    let mut more = false;
     for piece in found.refcounts.pieces() {
         for cluster in piece..piece + CHUNK {
-            if found.refcounts.get(cluster) != 1 || found.references.get(cluster) > 0 {
+            let (count, references) = (found.refcounts.get(cluster), found.references.get(cluster));
+            if count != 1 || references > 0 {
+                // A cluster that a snapshot has, too: one reference of several has leaked.
+                more |= count > references;
                 continue;
             }
             match runs.last_mut() {
@@ -175,10 +222,16 @@ async fn search(
             }
         }
         if runs.len() >= MAX_RUNS {
+            more = true;
             break;
         }
     }
-    Ok(runs)
+    Ok(Found {
+        runs,
+        more,
+        epoch: None,
+        in_hand: 0,
+    })
 }
 
 impl Qcow2 {
@@ -188,7 +241,10 @@ impl Qcow2 {
             return;
         };
         let leaks = alloc.leaks();
-        let runs = {
+        if leaks.cancelled.load(Ordering::SeqCst) || self.refuse_writes.load(Ordering::SeqCst) {
+            return;
+        }
+        let mut in_hand = {
             let mut state = lock(&leaks.state);
             match &mut *state {
                 State::Due => {
@@ -198,29 +254,32 @@ impl Qcow2 {
                     return;
                 }
                 State::Searching | State::Done | State::Failed => return,
-                State::Found(_, epoch @ None) => {
-                    *epoch = Some(io.epochs().retire());
-                    return;
-                }
-                State::Found(runs, Some(epoch)) => {
-                    if !io.epochs().passed(*epoch) {
+                State::Found(found) => {
+                    let epoch = *found.epoch.get_or_insert_with(|| io.epochs().retire());
+                    if !io.epochs().passed(epoch) {
                         return;
                     }
-                    let Some(run) = runs.pop() else {
-                        *state = State::Done;
+                    let Some(run) = found.runs.pop() else {
+                        match (found.in_hand, found.more) {
+                            (0, true) => *state = State::Failed,
+                            (0, false) => *state = State::Done,
+                            _ => {}
+                        }
                         return;
                     };
                     if run.count > STEP {
-                        runs.push(Run::new(run.first + STEP, run.count - STEP));
+                        let rest = Run::new(run.first + STEP, run.count - STEP);
+                        found.runs.push(rest);
                     }
-                    Run::new(run.first, run.count.min(STEP))
+                    found.in_hand += 1;
+                    InHand {
+                        state: &leaks.state,
+                        run: Some(Run::new(run.first, run.count.min(STEP))),
+                    }
                 }
             }
         };
-        if leaks.cancelled.load(Ordering::SeqCst) {
-            return;
-        }
-        match give_back(alloc, io, runs).await {
+        match give_back(alloc, io, &mut in_hand).await {
             Ok(0) => {}
             Ok(count) => log::debug!(
                 "{}: {count} clusters that a crash had leaked are free again",
@@ -250,8 +309,11 @@ impl Qcow2 {
                 }
                 Err(error) => Err(Error::io(storage.path(), "set up io_uring", None, error)),
             };
-            *lock(&state) = match found {
-                Ok(runs) => State::Found(runs, None),
+            let mut state = lock(&state);
+            *state = match found {
+                // Not if it was given up meanwhile.
+                Ok(found) if !cancelled.load(Ordering::SeqCst) => State::Found(found),
+                Ok(_) => State::Failed,
                 Err(error) => {
                     if !cancelled.load(Ordering::SeqCst) {
                         log::warn!("leaked clusters are not given back: {error}");
@@ -268,9 +330,9 @@ impl Qcow2 {
     }
 }
 
-/// Gives back those clusters of `run` that were not touched.
-async fn give_back(alloc: &Allocator, io: &Io, run: Run) -> Result<u64> {
-    let Some(touched) = &alloc.leaks().touched else {
+/// Gives back those clusters of a run that were not touched.
+async fn give_back(alloc: &Allocator, io: &Io, in_hand: &mut InHand<'_>) -> Result<u64> {
+    let (Some(touched), Some(run)) = (&alloc.leaks().touched, in_hand.run) else {
         return Ok(0);
     };
     let mut runs = Vec::new();
@@ -281,6 +343,8 @@ async fn give_back(alloc: &Allocator, io: &Io, run: Run) -> Result<u64> {
     }
     merge(&mut runs);
     let count = runs.iter().map(|run| run.count).sum();
+    // What is not released from here on is the allocator's to know.
+    in_hand.run = None;
     alloc.release(io, runs).await?;
     Ok(count)
 }
@@ -292,7 +356,7 @@ impl Qcow2 {
         let leaks = self.allocator()?.leaks();
         *lock(&leaks.state) = State::Searching;
         let found = search(io, &self.storage, &self.header, &leaks.cancelled).await?;
-        *lock(&leaks.state) = State::Found(found, None);
+        *lock(&leaks.state) = State::Found(found);
         Ok(())
     }
 

@@ -187,8 +187,12 @@ impl Allocator {
         );
         self.storage.allocate(io, at, len).await?;
         self.reach(io, at + len).await?;
+        if !slow.marked {
+            self.header.mark_arenas(io, &self.storage, true).await?;
+        }
         slow.counts.write_dirty(io, &self.storage).await?;
         slow.counts.sync(io, &self.storage).await?;
+        slow.marked = true;
         claim.runs.clear();
         self.free_old_tables(&mut slow);
         Ok(FreshRun {

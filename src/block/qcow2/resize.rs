@@ -140,11 +140,14 @@ impl Qcow2 {
             self.unallocate(io, new, end, (0, 0)).await?;
             let shown = g.clusters(below_size.min(size));
             if self.has_backing && shown > first {
-                if self.header.version >= 3 {
+                let len = (shown - first) << g.cluster_bits;
+                if g.extended_l2 {
+                    let zeroed = self.write_zeroes_extended(io, below, edge, len, true);
+                    zeroed.await?;
+                } else if self.header.version >= 3 {
                     let (first, end) = (GuestCluster(first), GuestCluster(shown));
                     self.unmap(io, first, end, Unmap::Free).await?;
                 } else {
-                    let len = (shown - first) << g.cluster_bits;
                     self.zero_bytes(io, below, edge, len, false).await?;
                 }
             }
@@ -153,6 +156,8 @@ impl Qcow2 {
         let written = self.write_size(io, old, size).await;
         written.map_err(|(error, _)| error)?;
         self.tables.set_size(size);
+        // A discard up to the old end takes the whole last cluster: none is under way when the new part is used.
+        requests_ended(io).await;
         Ok(())
     }
 
@@ -261,6 +266,8 @@ impl Qcow2 {
         // No entry changes, and the file has all of them, as long as these are held.
         let _no_new_table = self.new_table.lock().await;
         let _no_flush = self.flush_and_hold(io).await?;
+        // The search for leaks reads the tables where they were at opening.
+        alloc.leaks().give_up();
         let fresh = alloc.allocate_run(io, g.clusters(entries * 8)).await?;
         let (first, count) = (fresh.first(), fresh.count());
         let offset = g.host_offset(first);

@@ -339,6 +339,8 @@ impl Qcow2 {
     #[cold]
     pub(super) async fn own_table(&self, io: &Io, slice: u64) -> Result<()> {
         let _one = self.new_table.lock().await;
+        // Who held it may have found that no L1 entry may change any more.
+        self.check_writes()?;
         let Some(old) = self.tables.shared_table(slice) else {
             return Ok(());
         };

@@ -303,7 +303,7 @@ impl Qcow2 {
         let cluster = g.guest_cluster(GuestOffset(offset));
         let skip = g.in_cluster(offset);
         let len = (g.cluster_size() - skip).min(from.len() as u64);
-        let fresh = self.allocate(io, 1).await?;
+        let fresh = self.new_clusters(io, cluster, 1).await?;
         let new_host = g.host_offset(fresh.first());
 
         let first = g.subcluster(GuestOffset(offset));
@@ -347,6 +347,11 @@ impl Qcow2 {
         for run in runs(allocated) {
             let start = u64::from(run.start) << g.subcluster_bits();
             let end = u64::from(run.end) << g.subcluster_bits();
+            // A data file does not grow beyond the disk's end.
+            let end = end.min(self.fill_len(offset - skip, g.cluster_size()));
+            if start >= end {
+                break;
+            }
             let host = HostOffset(new_host.0 + start);
             if (start..end).contains(&skip) {
                 let head = all.slice(start as usize, (skip - start) as usize);

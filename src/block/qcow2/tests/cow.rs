@@ -720,6 +720,26 @@ fn a_fill_that_fails_fails_the_flush_and_the_next_one_tries_again() {
 }
 
 #[test]
+fn a_cluster_that_can_not_be_completed_keeps_nothing_else_back() {
+    let over = Over::new(65536, noise(1, 1 << 20), 1 << 20, Sim::default());
+    over.io.block_on(async {
+        over.write(4096, &noise(2, 4096)).await;
+        // A whole cluster, which needs nothing from below.
+        over.write(3 * 65536, &noise(3, 65536)).await;
+        over.base.broken.set(true);
+        over.flush().await.expect_err("nothing to copy from");
+        let durable = over.after_power_loss(false);
+        assert_same(
+            &durable[3 * 65536..4 * 65536],
+            &noise(3, 65536),
+            "its mapping went to the file all the same",
+        );
+        over.base.broken.set(false);
+    });
+    over.finish("could not be completed once");
+}
+
+#[test]
 fn a_failed_write_to_an_incomplete_cluster_shows_the_old_content() {
     let over = Over::new(65536, noise(1, 1 << 20), 1 << 20, Sim::default());
     over.io.block_on(async {

@@ -165,6 +165,40 @@ fn leaks_of_a_crash_are_given_back_beside_requests_and_nothing_else_is() {
 }
 
 #[test]
+fn a_search_is_given_up_when_the_l1_table_moves() {
+    let io = reactor();
+    let images = Images::new();
+    // An L1 table of one cluster of 512 bytes: 64 entries, for 2 MiB.
+    images.create("a", "cluster_size=512", 2 << 20);
+    let written: Vec<String> = (0..32)
+        .map(|n| format!("write -P 7 {}k 8k", n * 64))
+        .collect();
+    let commands: Vec<&str> = written.iter().map(String::as_str).collect();
+    images.qemu_io("a", &commands);
+    let mut bytes = images.bytes("a");
+    bytes[88] |= 0x80;
+    let storage = sim(bytes, Sim::default());
+    io.block_on(async {
+        let image = open(&io, &storage, WRITE).await.expect("open");
+        let model = read_all(&io, &image, &()).await.expect("read");
+        image.search_leaks(&io).await.expect("a search");
+        image.resize(&io, &(), 0, 8 << 20).await.expect("grow");
+        for _ in 0..50 {
+            image.write_back_if_due(&io, &()).await.expect("a step");
+            io.yield_now().await;
+        }
+        assert!(!image.has_no_leaks(), "given up, and not said to be over");
+        let disk = read_all(&io, &image, &()).await.expect("read");
+        assert_same(&disk[..2 << 20], &model, "contents");
+        image.close(&io, &()).await.expect("close");
+    });
+    let left = the_sim(&storage).image();
+    let report = checked(&io, &left);
+    assert!(report.errors == 0 && marked(&left), "{report:?}");
+    io.close();
+}
+
+#[test]
 fn the_thread_finds_them_too_and_requests_do_not_wait_for_it() {
     let io = reactor();
     let images = Images::new();

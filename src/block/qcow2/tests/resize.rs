@@ -23,7 +23,7 @@ struct Kinds {
     backing: usize,
 }
 
-const KINDS: [Kinds; 5] = [
+const KINDS: [Kinds; 6] = [
     Kinds {
         options: "cluster_size=512",
         size: 100 << 10,
@@ -49,6 +49,11 @@ const KINDS: [Kinds; 5] = [
         size: 1 << 20,
         backing: 90_000,
     },
+    Kinds {
+        options: "cluster_size=16k,extended_l2=on",
+        size: 101_888,
+        backing: 300_000,
+    },
 ];
 
 /// The files of an image that has some data.
@@ -63,7 +68,7 @@ fn files(kinds: Kinds) -> (Images, Vec<u8>) {
     }
     let end = format!("write -P 9 {} 1k", kinds.size - 1024);
     let commands = ["write -P 5 3k 9k", "write -c -P 7 64k 4k", &end];
-    if kinds.options.contains("64k") {
+    if kinds.options.contains("64k") || kinds.options.contains("16k") {
         images.qemu_io("a", &[commands[0], commands[2]]);
     } else {
         images.qemu_io("a", &commands);
