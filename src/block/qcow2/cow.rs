@@ -12,14 +12,14 @@
 //! Writes that are not made of whole sectors (the guest's are) complete the cluster first.
 
 use super::Qcow2;
-use super::alloc::Fresh;
 use super::below::Below;
 use super::claim::{Attempt, Claim};
 use super::entry::{self, Entry, decode};
+use super::freed::Freed;
+use super::fresh::Fresh;
 use super::map::{Extent, Found};
 use super::record::{Closing, New, SECTOR, Writing};
 use super::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
-use super::write::Freed;
 use crate::block::error::Result;
 use crate::reactor::{Io, Sg};
 

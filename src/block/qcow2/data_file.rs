@@ -10,9 +10,9 @@
 use std::sync::Arc;
 
 use super::Qcow2;
-use super::alloc::Fresh;
 use super::claim::Claim;
 use super::entry::{Entry, decode};
+use super::fresh::Fresh;
 use super::header::{Encryption, Header, autoclear};
 use super::units::{GuestCluster, HostCluster};
 use crate::block::error::{Error, ErrorKind, Result};

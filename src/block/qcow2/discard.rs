@@ -8,9 +8,10 @@ use super::Qcow2;
 use super::below::Below;
 use super::claim::Attempt;
 use super::entry::{self, Entry, decode};
+use super::freed::Freed;
 use super::map::{Extent, Found};
 use super::units::{GuestCluster, GuestOffset};
-use super::write::{Freed, Target};
+use super::write::Target;
 use crate::block::error::Result;
 use crate::reactor::Io;
 

@@ -5,14 +5,14 @@
 //! | module | what it does |
 //! | --- | --- |
 //! | [`units`], [`header`], `entry` | the format's numbers, header and table entries |
-//! | `code`, `slice`, `marks`, `room`, `tables` | the L1 table and the cache of L2 slices: lock-free to look at |
+//! | `code`, `slice`, `marks`, `room`, `l1`, `tables` | the L1 table and the cache of L2 slices: lock-free to look at |
 //! | `map`, `compressed`, `inflated` | reading: from the guest's offset to where its bytes are |
 //! | `claim`, `write`, `discard` | changing: one claimed run of clusters after another |
 //! | `cow`, `record`, `fill` | copy-on-write, put off until it must be done |
 //! | `extended` | reading and changing images whose clusters have subclusters |
 //! | `data_file` | guest data in a file of its own |
 //! | `encrypted` | where the LUKS header is, and what is not encrypted |
-//! | `alloc`, `refill`, `arena`, `limbo` | host clusters: handed out, made ready, freed |
+//! | `alloc`, `fresh`, `freed`, `refill`, `arena`, `limbo` | host clusters: handed out, made ready, freed |
 //! | `leaks` | what a crash has leaked, given back while the image is in use |
 //! | `reftable`, `refcount` | the refcount table, its blocks and their entries |
 //! | `resize` | another size of the disk |
@@ -40,8 +40,11 @@ mod entry;
 mod extended;
 mod fill;
 mod flush;
+mod freed;
+mod fresh;
 pub mod header;
 mod inflated;
+mod l1;
 mod leaks;
 mod limbo;
 mod map;
@@ -67,9 +70,10 @@ mod tests;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-pub use alloc::{Allocator, Fresh};
+pub use alloc::Allocator;
 pub use below::Below;
 pub use entry::Compressed;
+pub use fresh::Fresh;
 pub use header::{BackingName, Header};
 pub use map::Extent;
 pub use open::Options;

@@ -25,10 +25,12 @@ use std::sync::atomic::Ordering;
 use libc::iovec;
 
 use super::Qcow2;
-use super::alloc::{Allocator, Fresh};
+use super::alloc::Allocator;
 use super::below::Below;
 use super::claim::{Attempt, Claim};
 use super::entry::{self, Entry, decode};
+use super::freed::Freed;
+use super::fresh::Fresh;
 use super::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
 use crate::block::error::{Error, ErrorKind, Result};
 use crate::block::stack::Window;
@@ -558,49 +560,4 @@ fn zeros(io: &Io, len: u64) -> AlignedBuf {
     let mut buf = io.buf(len as usize);
     buf.fill(0);
     buf
-}
-
-/// Host clusters that entries have stopped pointing at.
-#[derive(Default)]
-pub(super) struct Freed {
-    runs: Vec<(HostCluster, u64)>,
-}
-
-impl Freed {
-    /// Takes the clusters of an entry that is being replaced.
-    pub(super) fn note(&mut self, image: &Qcow2, raw: u64) {
-        let g = &image.tables.geometry;
-        match decode(raw, g) {
-            // Nobody counts references to them.
-            Entry::Data { .. } | Entry::Zero { .. } if g.data_file => {}
-            Entry::Data { host, .. }
-            | Entry::Zero {
-                host: Some(host), ..
-            } => {
-                let cluster = g.host_cluster(host);
-                match self.runs.last_mut() {
-                    Some((first, count)) if first.0 + *count == cluster.0 => *count += 1,
-                    _ => self.runs.push((cluster, 1)),
-                }
-            }
-            // Several compressed clusters may share one: each gives back its own reference.
-            Entry::Compressed(data) => {
-                image.inflated.forget(data);
-                self.runs.push(data.clusters(g));
-            }
-            Entry::Unallocated
-            | Entry::Zero { host: None, .. }
-            | Entry::Incomplete(_)
-            | Entry::Bad => {}
-        }
-    }
-
-    /// Gives them to limbo. After the entries that replaced them were published and marked dirty.
-    pub(super) fn free(self, image: &Qcow2, io: &Io) {
-        if let Some(alloc) = &image.alloc {
-            for (first, count) in self.runs {
-                alloc.free(io, first, count);
-            }
-        }
-    }
 }
