@@ -16,6 +16,7 @@
 //! | [`virtio`] | what the guest sees: memory, rings, virtio-blk requests, the configuration space |
 //! | [`block`] | the storage stack: files, null, qcow2; knows nothing of virtio |
 //! | [`reactor`] | io_uring, the local executor, buffers, epochs: what `block` and `dataplane` run on |
+//! | [`shared_memory`] | memory that the VMM keeps for us: the inflight region, the dirty log |
 //!
 //! `virtio` and `block` do not know each other; `dataplane` joins them.
 //! `docs/architecture.md` tells the whole story.
@@ -26,7 +27,9 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod dataplane;
+mod kill_point;
 pub mod reactor;
+pub mod shared_memory;
 mod sync;
 pub mod tools;
 pub mod vhost_user;

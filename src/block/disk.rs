@@ -16,6 +16,7 @@ mod write_tests;
 use std::sync::Arc;
 
 use crate::reactor::Io;
+use crate::shared_memory::SharedPart;
 
 pub use super::active::ActiveDisk;
 use super::active::Locks;
@@ -158,9 +159,27 @@ impl Disk {
     /// [`ErrorKind::Locked`] if another process, or this one, uses an image; those of [`Disk::open`].
     /// Nothing is locked then.
     pub async fn activate(&self, io: &Io, workers: usize) -> Result<Arc<ActiveDisk>> {
+        self.activate_with(io, workers, None).await
+    }
+
+    /// As [`Disk::activate`], with memory for a crash journal that outlives this process: [`JOURNAL_BYTES`] of
+    /// it, zeros at first. What a process that was killed left there is made good before this returns.
+    ///
+    /// # Errors
+    /// As [`Disk::activate`]; [`ErrorKind::InvalidImage`] for the journal of another image.
+    ///
+    /// [`JOURNAL_BYTES`]: crate::block::JOURNAL_BYTES
+    pub async fn activate_with(
+        &self,
+        io: &Io,
+        workers: usize,
+        journal: Option<SharedPart>,
+    ) -> Result<Arc<ActiveDisk>> {
         let locks = lock(&self.links, self.spec.read_only)?;
         if let Some(now) = current(io, &self.links, &self.keys).await? {
-            return self.start(io, &self.links, now, locks, workers).await;
+            return self
+                .start(io, &self.links, now, locks, workers, journal)
+                .await;
         }
         drop(locks);
         // Somebody has put other files in place, or rebased, since they were opened.
@@ -172,7 +191,7 @@ impl Disk {
             return Err(Error::image(ErrorKind::Locked, path, None, message));
         };
         log::info!("the chain of images is another now: {}", names(&links));
-        self.start(io, &links, now, locks, workers).await
+        self.start(io, &links, now, locks, workers, journal).await
     }
 
     async fn start(
@@ -182,6 +201,7 @@ impl Disk {
         now: Vec<Now>,
         locks: Locks,
         workers: usize,
+        journal: Option<SharedPart>,
     ) -> Result<Arc<ActiveDisk>> {
         let mut layers = Vec::with_capacity(links.len());
         for (level, (link, now)) in links.iter().zip(now).enumerate() {
@@ -217,6 +237,9 @@ impl Disk {
                 }
             };
             layers.push(layer);
+        }
+        if let Some(journal) = journal.filter(|_| !self.spec.read_only) {
+            layers[0].use_journal(io, &layers[1..], journal).await?;
         }
         let size = whole_sectors(&layers[0])?;
         let disk = Arc::new(ActiveDisk::new(layers, locks, size, &self.spec));

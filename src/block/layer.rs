@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::reactor::{Io, Sg};
+use crate::shared_memory::SharedPart;
 
 use super::error::Result;
 use super::qcow2::{Compressed, Extent, Qcow2};
@@ -243,6 +244,20 @@ impl Layer {
     pub(super) async fn fill_ahead(&self, io: &Io, below: &[Layer]) {
         if let Self::Qcow2(image) = self {
             image.fill_ahead(io, below).await;
+        }
+    }
+
+    /// Gives the layer memory that outlives this process, after making good what is in it.
+    pub(super) async fn use_journal(
+        &self,
+        io: &Io,
+        below: &[Layer],
+        memory: SharedPart,
+    ) -> Result<()> {
+        match self {
+            Self::Qcow2(image) => image.use_journal(io, below, memory).await,
+            // Nothing of theirs is in memory only.
+            _ => Ok(()),
         }
     }
 

@@ -35,4 +35,7 @@ pub use lock::Role;
 pub use null::NullStorage;
 pub use qcow2::OnDirty;
 pub use stack::read_chain;
+
+/// Bytes of memory that the crash journal of a disk takes ([`Disk::activate_with`]).
+pub const JOURNAL_BYTES: usize = 1 << 20;
 pub use storage::{Limits, Pending, Storage};

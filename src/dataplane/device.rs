@@ -19,10 +19,12 @@ use super::mailbox::{Command, RingFile, RingKey, Start};
 use super::stats::RingStats;
 use crate::block::{self, ActiveDisk, Disk};
 use crate::reactor::{Io, IoConfig};
+use crate::shared_memory::SharedPart;
 use crate::virtio::blk::DeviceLimits;
 use crate::virtio::blk::config::{ConfigError, DeviceConfig};
 use crate::virtio::blk::features;
 use crate::virtio::blk::request::DeviceId;
+use crate::virtio::inflight::QueueRegion;
 use crate::virtio::memory::GuestMemory;
 use crate::virtio::ring::{RingConfig, RingError};
 
@@ -81,6 +83,11 @@ pub struct RingStart {
     pub err: Option<File>,
     /// Whether requests are fetched at once.
     pub enabled: bool,
+    /// Where requests in flight are kept, if the VMM keeps them: what an earlier process left there is done
+    /// again.
+    pub inflight: Option<QueueRegion>,
+    /// Where the used ring is in the dirty log (`log_guest_addr`), if it is to be logged. Guest physical address.
+    pub used_log: Option<u64>,
 }
 
 /// Why a device can not do what the VMM asked.
@@ -129,6 +136,8 @@ struct ConfigState {
 #[derive(Debug, Default)]
 struct Control {
     active: Option<Arc<ActiveDisk>>,
+    /// Memory that outlives this process.
+    journal: Option<SharedPart>,
     rings: BTreeMap<u16, Arc<RingStats>>,
 }
 
@@ -214,13 +223,24 @@ impl BlkDevice {
         self.shared.write_through.store(through, Ordering::Relaxed);
     }
 
+    /// Bytes of memory that a crash journal wants, which is to outlive this process.
+    pub fn journal_bytes(&self) -> usize {
+        block::JOURNAL_BYTES
+    }
+
+    /// Memory for the crash journal, from the next taking of the image on: what an earlier process left there is
+    /// made good then.
+    pub fn set_journal(&self, memory: Option<SharedPart>) {
+        lock(&self.control).journal = memory;
+    }
+
     /// Starts a ring; the first one takes the image.
     pub fn start_ring(&self, index: u16, start: RingStart) -> Result<(), DeviceError> {
         let mut control = lock(&self.control);
         let disk = match &control.active {
             Some(disk) => disk.clone(),
             None => {
-                let disk = self.take_image()?;
+                let disk = self.take_image(control.journal.clone())?;
                 control.active = Some(disk.clone());
                 disk
             }
@@ -236,6 +256,8 @@ impl BlkDevice {
             call: start.call,
             err: start.err,
             enabled: start.enabled,
+            inflight: start.inflight,
+            used_log: start.used_log,
             stats: stats.clone(),
         });
         let started = self.ask(index, |key, reply| Command::Start { key, start, reply });
@@ -257,15 +279,15 @@ impl BlkDevice {
     }
 
     /// Stops a ring: fetches nothing more, waits for what is under way (telling `progress` how much every
-    /// few seconds), and returns the next available index. After the last ring the image is given back.
-    pub fn stop_ring(&self, index: u16, progress: &mut dyn FnMut(u32)) -> Result<u16, DeviceError> {
+    /// few seconds), and returns where it would go on ([`RingConfig::base`]). After the last ring the image is given back.
+    pub fn stop_ring(&self, index: u16, progress: &mut dyn FnMut(u32)) -> Result<u32, DeviceError> {
         let mut control = lock(&self.control);
         let stats = control
             .rings
             .remove(&index)
             .ok_or(DeviceError::NotRunning(index))?;
         let receiver = self.send(index, |key, reply| Command::Stop { key, reply });
-        let next_avail = loop {
+        let base = loop {
             match receiver.recv_timeout(PROGRESS_EVERY) {
                 Ok(answer) => break answer,
                 Err(RecvTimeoutError::Timeout) => {
@@ -278,7 +300,7 @@ impl BlkDevice {
         if control.rings.is_empty() {
             self.give_back(&mut control)?;
         }
-        next_avail.ok_or(DeviceError::WorkerGone(index))
+        base.ok_or(DeviceError::WorkerGone(index))
     }
 
     /// Stops all rings and gives the image back; errors go to the log.
@@ -349,11 +371,14 @@ impl BlkDevice {
 
     /// Takes the image. Another process may be about to let it go: the source of a migration, or one that
     /// was killed, whose locks the kernel keeps until it has undone that process's io_uring.
-    fn take_image(&self) -> Result<Arc<ActiveDisk>, DeviceError> {
+    fn take_image(&self, journal: Option<SharedPart>) -> Result<Arc<ActiveDisk>, DeviceError> {
         let io = self.control_io()?;
         let start = Instant::now();
         let taken = loop {
-            match io.block_on(self.disk.activate(&io, self.plane.workers())) {
+            let activate = self
+                .disk
+                .activate_with(&io, self.plane.workers(), journal.clone());
+            match io.block_on(activate) {
                 Err(error)
                     if error.kind() == block::ErrorKind::Locked
                         && start.elapsed() < LOCK_PATIENCE =>

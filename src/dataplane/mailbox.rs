@@ -10,6 +10,7 @@ use super::device::DeviceShared;
 use super::stats::RingStats;
 use crate::block::ActiveDisk;
 use crate::reactor::Doorbell;
+use crate::virtio::inflight::QueueRegion;
 use crate::virtio::memory::GuestMemory;
 use crate::virtio::ring::{RingConfig, RingError};
 
@@ -25,10 +26,10 @@ pub(super) enum Command {
         start: Box<Start>,
         reply: SyncSender<Result<(), RingError>>,
     },
-    /// Fetch nothing more, finish what is under way, let the ring go; answers the next available index.
+    /// Fetch nothing more, finish what is under way, let the ring go; answers where it would go on ([`RingConfig::base`]).
     Stop {
         key: RingKey,
-        reply: SyncSender<Option<u16>>,
+        reply: SyncSender<Option<u32>>,
     },
     /// From now on, this is the device's guest memory.
     SetMemory {
@@ -76,6 +77,8 @@ pub(super) struct Start {
     pub(super) call: Option<File>,
     pub(super) err: Option<File>,
     pub(super) enabled: bool,
+    pub(super) inflight: Option<QueueRegion>,
+    pub(super) used_log: Option<u64>,
     pub(super) stats: Arc<RingStats>,
 }
 

@@ -21,8 +21,10 @@ use super::device::DeviceShared;
 use super::mailbox::{RingFile, RingKey, Start};
 use super::stats::RingStats;
 use crate::block::{self, ActiveDisk};
+use crate::kill_point::kill_point;
 use crate::reactor::{Io, IoFile, Sg, TaskId};
 use crate::virtio::blk::request::{self, Command, Outcome, Parsed, Status};
+use crate::virtio::inflight::QueueRegion;
 use crate::virtio::memory::GuestMemory;
 use crate::virtio::ring::{ChainBuf, RingError, SplitRing};
 
@@ -49,7 +51,10 @@ pub(super) struct Queue {
     in_flight: Cell<u32>,
     enabled: Cell<bool>,
     broken: Cell<bool>,
-    stopping: RefCell<Option<SyncSender<Option<u16>>>>,
+    stopping: RefCell<Option<SyncSender<Option<u32>>>>,
+    /// Kept mapped.
+    _inflight: Option<QueueRegion>,
+    _used_log: Option<u64>,
     stats: Arc<RingStats>,
 }
 
@@ -85,6 +90,8 @@ impl Queue {
             enabled: Cell::new(start.enabled),
             broken: Cell::new(false),
             stopping: RefCell::new(None),
+            _inflight: start.inflight,
+            _used_log: start.used_log,
             stats: start.stats,
         });
         queue.set_file(RingFile::Kick, start.kick);
@@ -170,6 +177,7 @@ impl Queue {
 
     #[inline]
     fn begin(self: &Rc<Self>, head: u16) {
+        kill_point!("fetched");
         let slot = self.slots.borrow()[usize::from(head)].clone();
         let slot = slot.unwrap_or_else(|| self.new_slot(head));
         if slot.busy.replace(true) {
@@ -296,7 +304,9 @@ impl Queue {
 
     #[inline]
     fn finish(&self, head: u16, written: u32) {
+        kill_point!("executed");
         self.ring.borrow_mut().push_used(head, written);
+        kill_point!("pushed");
         self.count_in_flight(self.in_flight.get() - 1);
     }
 
@@ -308,6 +318,9 @@ impl Queue {
         let anything = ring.next_used() != ring.published_used();
         let wanted = ring.publish();
         drop(ring);
+        if anything {
+            kill_point!("published");
+        }
         if wanted {
             self.interrupt();
         }
@@ -373,7 +386,7 @@ impl Queue {
     }
 
     /// Begins to stop: nothing more is fetched. The answer goes out when all has ended.
-    pub(super) fn stop(&self, reply: SyncSender<Option<u16>>) {
+    pub(super) fn stop(&self, reply: SyncSender<Option<u32>>) {
         self.stopping.replace(Some(reply));
     }
 
@@ -406,9 +419,9 @@ impl Queue {
     }
 
     /// What the stop is answered with, and to whom.
-    pub(super) fn take_stop(&self) -> Option<(SyncSender<Option<u16>>, u16)> {
+    pub(super) fn take_stop(&self) -> Option<(SyncSender<Option<u32>>, u32)> {
         let reply = self.stopping.take()?;
-        Some((reply, self.ring.borrow().next_avail()))
+        Some((reply, u32::from(self.ring.borrow().next_avail())))
     }
 }
 

@@ -200,8 +200,8 @@ impl Worker {
             let answer = queue.take_stop();
             // The disk is given back before the answer: who gets it may want the disk for itself.
             drop(queue);
-            if let Some((reply, next_avail)) = answer {
-                let _ = reply.send(Some(next_avail));
+            if let Some((reply, base)) = answer {
+                let _ = reply.send(Some(base));
             }
         }
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::device::{Device, RingStart};
 use crate::dataplane::BlkDevice;
+use crate::shared_memory::SharedPart;
 use crate::virtio::memory::GuestMemory;
 
 fn words(error: impl std::fmt::Display) -> String {
@@ -36,11 +37,19 @@ impl Device for BlkDevice {
         BlkDevice::set_acked_features(self, features);
     }
 
+    fn journal_bytes(&self) -> usize {
+        BlkDevice::journal_bytes(self)
+    }
+
+    fn set_journal(&self, memory: Option<SharedPart>) {
+        BlkDevice::set_journal(self, memory);
+    }
+
     fn start_ring(&self, index: u16, start: RingStart) -> Result<(), String> {
         BlkDevice::start_ring(self, index, start).map_err(words)
     }
 
-    fn stop_ring(&self, index: u16, progress: &mut dyn FnMut(u32)) -> Result<u16, String> {
+    fn stop_ring(&self, index: u16, progress: &mut dyn FnMut(u32)) -> Result<u32, String> {
         BlkDevice::stop_ring(self, index, progress).map_err(words)
     }
 

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use crate::shared_memory::SharedPart;
 use crate::virtio::memory::GuestMemory;
 
 pub use crate::dataplane::device::RingStart;
@@ -34,15 +35,24 @@ pub trait Device: Send + Sync {
     /// The features that the driver accepted: a subset of [`features`](Device::features).
     fn set_acked_features(&self, features: u64);
 
+    /// Bytes of memory, behind the queues' parts of the inflight region, that the disk's crash journal wants.
+    fn journal_bytes(&self) -> usize;
+
+    /// The memory for the crash journal, which outlives this process; `None`: the VMM keeps none. Called while
+    /// no ring runs. What an earlier process left there is made good when the first ring starts.
+    fn set_journal(&self, memory: Option<SharedPart>);
+
     /// Starts a stopped ring. The first one takes the image (lock, metadata).
     fn start_ring(&self, index: u16, start: RingStart) -> Result<(), String>;
 
-    /// Drains a running ring, stops it, and returns the index of the next available entry to be fetched.
+    /// Drains a running ring, stops it, and returns where it would go on ([`RingConfig::base`]).
+    ///
+    /// [`RingConfig::base`]: crate::virtio::ring::RingConfig::base
     ///
     /// `progress` is called every few seconds with the number of requests in flight while it waits.
     /// When it was the last running ring, the image is flushed and its lock released, and the guest's
     /// memory let go, before this returns. The ring counts as stopped even after an error.
-    fn stop_ring(&self, index: u16, progress: &mut dyn FnMut(u32)) -> Result<u16, String>;
+    fn stop_ring(&self, index: u16, progress: &mut dyn FnMut(u32)) -> Result<u32, String>;
 
     /// Replaces the guest's memory under the running rings. Called only while a ring runs; the rings lie
     /// at the same guest addresses in the old and the new memory.

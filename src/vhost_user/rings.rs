@@ -45,8 +45,8 @@ pub(super) struct Running {
 pub(super) struct Ring {
     pub size: Option<u16>,
     pub addresses: Option<Addresses>,
-    /// The next available index: from `SET_VRING_BASE`, or where the ring stopped.
-    pub base: Option<u16>,
+    /// Where it goes on ([`RingConfig::base`]): from `SET_VRING_BASE`, or where it stopped.
+    pub base: Option<u32>,
     pub kick: Kick,
     /// Kept over a stop and a reset: VMMs set it once, when they make the device.
     pub call: Option<File>,
@@ -109,16 +109,17 @@ impl Ring {
             used_ring: translate("used ring", addresses.used_ring, header + 8 * n)?,
             event_idx,
             indirect: features & FEATURE_INDIRECT != 0,
-            next_avail: self.base.unwrap_or(0),
+            packed: false,
+            base: self.base.unwrap_or(0),
         }))
     }
 
-    /// The ring has stopped before `next_avail`. Its kick goes: the next one starts it again.
-    pub(super) fn stopped(&mut self, next_avail: Option<u16>) {
+    /// The ring has stopped, and would go on at `base`. Its kick goes: the next one starts it again.
+    pub(super) fn stopped(&mut self, base: Option<u32>) {
         self.running = None;
         self.kick = Kick::Missing;
-        if next_avail.is_some() {
-            self.base = next_avail;
+        if base.is_some() {
+            self.base = base;
         }
     }
 

@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::{Connection, ConnectionError, Device, Progress, RingStart};
+use crate::shared_memory::SharedPart;
 use crate::virtio::memory::GuestMemory;
 
 /// Features of the recording device: VERSION_1, EVENT_IDX, INDIRECT_DESC, MQ, FLUSH.
@@ -25,7 +26,7 @@ pub(crate) const NEED_REPLY: u32 = 0x8;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Asked {
     Features(u64),
-    Start(u16, u16),
+    Start(u16, u32),
     Stop(u16),
     Memory(usize),
     Kick(u16, bool),
@@ -33,6 +34,7 @@ pub(crate) enum Asked {
     Err(u16, bool),
     Enabled(u16, bool),
     SetConfig(u32, Vec<u8>),
+    Journal(Option<usize>),
     Reset,
 }
 
@@ -113,20 +115,28 @@ impl Device for FakeDevice {
         self.record(Asked::Features(features));
     }
 
+    fn journal_bytes(&self) -> usize {
+        4096
+    }
+
+    fn set_journal(&self, memory: Option<SharedPart>) {
+        self.record(Asked::Journal(memory.map(|memory| memory.len())));
+    }
+
     fn start_ring(&self, index: u16, start: RingStart) -> Result<(), String> {
         if let Some(error) = &*self.start_error.lock().unwrap() {
             return Err(error.clone());
         }
-        self.record(Asked::Start(index, start.config.next_avail));
+        self.record(Asked::Start(index, start.config.base));
         self.starts.lock().unwrap().push(start);
         Ok(())
     }
 
-    fn stop_ring(&self, index: u16, progress: &mut dyn FnMut(u32)) -> Result<u16, String> {
+    fn stop_ring(&self, index: u16, progress: &mut dyn FnMut(u32)) -> Result<u32, String> {
         let _gate = self.gate.lock().unwrap();
         progress(self.in_flight.load(Ordering::Relaxed) as u32);
         self.record(Asked::Stop(index));
-        Ok(self.fetched.load(Ordering::Relaxed) as u16)
+        Ok(self.fetched.load(Ordering::Relaxed) as u32)
     }
 
     fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), String> {

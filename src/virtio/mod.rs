@@ -8,6 +8,8 @@
 //! anything is read once.
 
 pub mod blk;
+pub mod dirty;
+pub mod inflight;
 pub mod memory;
 pub mod ring;
 

@@ -148,7 +148,8 @@ impl<'a> Driver<'a> {
             used_ring: (base + 18 * u64::from(size) + 6).next_multiple_of(4),
             event_idx: false,
             indirect: true,
-            next_avail: index,
+            packed: false,
+            base: u32::from(index),
         };
         write_u16(mem, cfg.avail_ring + 2, index);
         write_u16(mem, cfg.used_ring + 2, index);

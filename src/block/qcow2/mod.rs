@@ -44,6 +44,7 @@ mod freed;
 mod fresh;
 pub mod header;
 mod inflated;
+mod journal;
 mod l1;
 mod leaks;
 mod limbo;

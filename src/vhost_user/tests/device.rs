@@ -132,7 +132,7 @@ fn device_reset_begins_anew_on_the_same_connection() {
     bench.start_ring(0, 0);
     let start = bench.device.starts().pop().unwrap();
     assert!(!start.enabled, "disabled until it is enabled again");
-    assert_eq!(start.config.next_avail, 0);
+    assert_eq!(start.config.base, 0);
 
     bench.set(Req::RESET_DEVICE, &[], &[]);
     bench.set(Req::SET_VRING_NUM, &state(0, 128), &[]);

@@ -55,7 +55,7 @@ fn ring_starts_with_its_parts_in_any_order() {
             let starts = bench.device.starts();
             assert_eq!(starts.len(), 1);
             let config = starts[0].config;
-            assert_eq!((config.size, config.next_avail), (128, 7));
+            assert_eq!((config.size, config.base), (128, 7));
             assert_eq!(
                 (config.desc_table, config.avail_ring, config.used_ring),
                 (0x20000, 0x22000, 0x24000)

@@ -26,8 +26,13 @@ pub struct RingConfig {
     pub event_idx: bool,
     /// `VIRTIO_F_INDIRECT_DESC` was negotiated.
     pub indirect: bool,
-    /// The first available index to be served (`SET_VRING_BASE`).
-    pub next_avail: u16,
+    /// `VIRTIO_F_RING_PACKED` was negotiated; the three addresses are then those of the descriptor ring, the
+    /// driver's and the device's event suppression area.
+    pub packed: bool,
+    /// Where to go on, as `SET_VRING_BASE` says it. Split: the first available index to be served. Packed:
+    /// bits 0 to 14 the descriptor to be looked at next, bit 15 its wrap counter; bits 16 to 31 the same for the
+    /// used descriptor to be written next.
+    pub base: u32,
 }
 
 /// Why a ring cannot be used, or can no longer be.

@@ -90,7 +90,7 @@ unsafe impl Send for SplitRing {}
 
 impl SplitRing {
     /// Looks the ring up in guest memory. The used index is read from the ring, the available index
-    /// is `cfg.next_avail`.
+    /// is `cfg.base`.
     ///
     /// # Errors
     /// A size that is no power of two, parts that are not aligned or not inside one region each.
@@ -99,8 +99,9 @@ impl SplitRing {
         let mut ring = Self {
             parts,
             mask: cfg.size - 1,
-            next_avail: cfg.next_avail,
-            avail_idx: cfg.next_avail,
+            // A split ring's base has 16 bits: the session has seen to that.
+            next_avail: cfg.base as u16,
+            avail_idx: cfg.base as u16,
             next_used: 0,
             published: 0,
             cfg: *cfg,

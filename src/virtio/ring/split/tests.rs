@@ -114,7 +114,8 @@ fn a_region_mapped_askew_does_not_give_a_misaligned_ring() {
         used_ring: 256,
         event_idx: false,
         indirect: true,
-        next_avail: 0,
+        packed: false,
+        base: 0,
     };
     assert!(matches!(
         SplitRing::new(&mem, &cfg),
@@ -127,7 +128,7 @@ fn the_used_index_is_read_from_the_ring_and_the_available_index_is_given() {
     let mem = memory(&[(0, RAM)]);
     let mut driver = Driver::new(&mem, 0, 8, 100);
     write_u16(&mem, driver.cfg.used_ring + 2, 97);
-    driver.cfg.next_avail = 99;
+    driver.cfg.base = 99;
     driver.set_avail_idx(99);
     let mut ring = ring(&driver);
     assert_eq!((ring.next_avail(), ring.next_used()), (99, 97));

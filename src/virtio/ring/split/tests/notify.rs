@@ -67,7 +67,7 @@ fn drive(driver: &Driver, depth: u16, kick: &Bell, interrupt: &Bell) {
     let avail_event = cfg
         .event_idx
         .then(|| field(driver, cfg.used_ring + 4 + 8 * size));
-    let (mut sent, mut seen) = (cfg.next_avail, cfg.next_avail);
+    let (mut sent, mut seen) = (cfg.base as u16, cfg.base as u16);
     let (mut total, mut done, mut heard) = (0, 0, 0);
     let mut rng = Rng::new(1);
     while done < CHAINS {

@@ -35,7 +35,7 @@ fn queue(cfg: &RingConfig, next_used: u16) -> Queue {
     queue
         .try_set_used_ring_address(GuestAddress(cfg.used_ring))
         .unwrap();
-    queue.set_next_avail(cfg.next_avail);
+    queue.set_next_avail(cfg.base as u16);
     queue.set_next_used(next_used);
     queue.set_event_idx(cfg.event_idx);
     queue.set_ready(true);
