@@ -23,6 +23,8 @@ mod counted {
 
     /// Passes a place; does not return from the last pass.
     pub(crate) fn pass(name: &str) {
+        #[cfg(test)]
+        super::simulated::pass();
         let Some((place, left)) = PLACE.get_or_init(named) else {
             return;
         };
@@ -33,6 +35,43 @@ mod counted {
             loop {
                 std::thread::park();
             }
+        }
+    }
+}
+
+/// The same without a process: what runs is left in the middle, by unwinding.
+#[cfg(test)]
+pub(crate) mod simulated {
+    use std::cell::Cell;
+    use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
+    thread_local! {
+        /// Places still to be passed before the end.
+        static LEFT: Cell<Option<u64>> = const { Cell::new(None) };
+    }
+
+    struct Killed;
+
+    pub(super) fn pass() {
+        match LEFT.get() {
+            Some(0) => {
+                LEFT.set(None);
+                resume_unwind(Box::new(Killed));
+            }
+            Some(left) => LEFT.set(Some(left - 1)),
+            None => {}
+        }
+    }
+
+    /// Works until `places` were passed, and is killed at the next one: `None`. Every other panic goes on.
+    pub(crate) fn killed_after<T>(places: u64, work: impl FnOnce() -> T) -> Option<T> {
+        LEFT.set(Some(places));
+        let done = catch_unwind(AssertUnwindSafe(work));
+        LEFT.set(None);
+        match done {
+            Ok(done) => Some(done),
+            Err(panic) if panic.is::<Killed>() => None,
+            Err(panic) => resume_unwind(panic),
         }
     }
 }

@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 use std::task::Poll;
 
-use log::{error, warn};
+use log::{error, info, warn};
 
 use super::device::DeviceShared;
 use super::mailbox::{RingFile, RingKey, Start};
@@ -24,9 +24,8 @@ use crate::block::{self, ActiveDisk};
 use crate::kill_point::kill_point;
 use crate::reactor::{Io, IoFile, Sg, TaskId};
 use crate::virtio::blk::request::{self, Command, Outcome, Parsed, Status};
-use crate::virtio::inflight::QueueRegion;
 use crate::virtio::memory::GuestMemory;
-use crate::virtio::ring::{ChainBuf, RingError, SplitRing};
+use crate::virtio::ring::{ChainBuf, Ring, RingError};
 
 /// Buffers of a chain that a fresh slot has room for: 1 MiB in 4 KiB pages would need 256, most
 /// requests a handful. A slot grows to what its driver sends and stays so.
@@ -36,7 +35,7 @@ const SLOT_BUFFERS: usize = 16;
 pub(super) struct Queue {
     pub(super) key: RingKey,
     io: Io,
-    ring: RefCell<SplitRing>,
+    ring: RefCell<Ring>,
     /// Guest memory as new requests see it; a request keeps what it began with.
     memory: RefCell<Rc<Snapshot>>,
     disk: Arc<ActiveDisk>,
@@ -52,8 +51,6 @@ pub(super) struct Queue {
     enabled: Cell<bool>,
     broken: Cell<bool>,
     stopping: RefCell<Option<SyncSender<Option<u32>>>>,
-    /// Kept mapped.
-    _inflight: Option<QueueRegion>,
     _used_log: Option<u64>,
     stats: Arc<RingStats>,
 }
@@ -72,7 +69,18 @@ impl Queue {
     /// Takes a ring over. The driver is signalled once, since it may be waiting for what a predecessor
     /// completed and did not say.
     pub(super) fn start(key: RingKey, io: &Io, start: Start) -> Result<Rc<Self>, RingError> {
-        let ring = SplitRing::new(&start.memory, &start.config)?;
+        let ring = Ring::new(&start.memory, &start.config, start.inflight)?;
+        if ring.base() != start.config.base {
+            info!(
+                "{}: ring {} goes on at entry {}, where its inflight region says, and not at {}; requests of \
+                 a predecessor that are served again: {}",
+                start.device.name,
+                key.1,
+                ring.base(),
+                start.config.base,
+                ring.backlog(),
+            );
+        }
         let queue = Rc::new(Self {
             key,
             io: io.clone(),
@@ -90,7 +98,6 @@ impl Queue {
             enabled: Cell::new(start.enabled),
             broken: Cell::new(false),
             stopping: RefCell::new(None),
-            _inflight: start.inflight,
             _used_log: start.used_log,
             stats: start.stats,
         });
@@ -141,6 +148,12 @@ impl Queue {
         self.enabled.get() && !self.broken.get() && self.stopping.borrow().is_none()
     }
 
+    /// What a predecessor had in flight is served even while the ring stops: `base` is behind it.
+    #[cold]
+    fn finishes_backlog(&self) -> bool {
+        self.stopping.borrow().is_some() && !self.broken.get() && self.ring.borrow().backlog() > 0
+    }
+
     /// True if the worker must not sleep because of this ring.
     pub(super) fn is_polled(&self) -> bool {
         self.polled.get() && self.fetches()
@@ -149,11 +162,14 @@ impl Queue {
     /// Fetches what the driver made available and starts it. Returns true if there was anything.
     #[inline]
     pub(super) fn poll(self: &Rc<Self>) -> bool {
-        if !self.fetches() {
-            return false;
-        }
         let mut fetched = 0;
-        let budget = self.ring.borrow().size();
+        let mut budget = self.ring.borrow().size();
+        if !self.fetches() {
+            if !self.finishes_backlog() {
+                return false;
+            }
+            budget = self.ring.borrow().backlog();
+        }
         while fetched < budget {
             let popped = self.ring.borrow_mut().pop();
             match popped {
@@ -315,7 +331,7 @@ impl Queue {
     #[inline]
     pub(super) fn publish(&self) -> bool {
         let mut ring = self.ring.borrow_mut();
-        let anything = ring.next_used() != ring.published_used();
+        let anything = ring.has_unpublished();
         let wanted = ring.publish();
         drop(ring);
         if anything {
@@ -398,7 +414,7 @@ impl Queue {
 
     /// True once a stop was asked for and nothing is under way.
     pub(super) fn is_stopped(&self) -> bool {
-        self.in_flight.get() == 0 && self.stopping.borrow().is_some()
+        self.in_flight.get() == 0 && self.stopping.borrow().is_some() && !self.finishes_backlog()
     }
 
     /// Lets everything go and answers the stop. The last thing that happens to a queue.
@@ -421,7 +437,7 @@ impl Queue {
     /// What the stop is answered with, and to whom.
     pub(super) fn take_stop(&self) -> Option<(SyncSender<Option<u32>>, u32)> {
         let reply = self.stopping.take()?;
-        Some((reply, u32::from(self.ring.borrow().next_avail())))
+        Some((reply, self.ring.borrow().base()))
     }
 }
 

@@ -5,8 +5,13 @@
 //! of one size; what is behind them is the backend's own, and holds the crash journal of the disk. This module
 //! knows the layout; what is written there is the rings' business.
 
-use crate::shared_memory::{SharedMemory, SharedPart};
+use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64};
+
+use thiserror::Error;
+
+use crate::shared_memory::{Atomic, SharedMemory, SharedPart};
 
 /// Bytes before the descriptors' states: of a packed queue, which has the longer header.
 const HEADER: usize = 32;
@@ -62,4 +67,125 @@ pub struct QueueRegion {
     pub part: SharedPart,
     /// Descriptors that there is room for.
     pub queue_size: u16,
+}
+
+impl QueueRegion {
+    /// The part as a split ring of `size` descriptors uses it; none if there is no room for it.
+    pub(crate) fn split(&self, size: u16) -> Option<(Table<SplitHeader>, Table<SplitState>)> {
+        let at = size_of::<SplitHeader>();
+        let header = Table::new(&self.part, 0, 1)?;
+        Some((header, Table::new(&self.part, at, usize::from(size))?))
+    }
+}
+
+/// What `version` is in a region that is in use; 0 says that it is fresh.
+pub(crate) const VERSION: u16 = 1;
+
+/// `QueueRegionSplit`, without the states that follow it.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct SplitHeader {
+    pub(crate) features: AtomicU64,
+    pub(crate) version: AtomicU16,
+    pub(crate) desc_num: AtomicU16,
+    pub(crate) last_batch_head: AtomicU16,
+    pub(crate) used_idx: AtomicU16,
+}
+
+/// `DescStateSplit`.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct SplitState {
+    pub(crate) inflight: AtomicU8,
+    padding: [AtomicU8; 5],
+    pub(crate) next: AtomicU16,
+    pub(crate) counter: AtomicU64,
+}
+
+const _: () = assert!(size_of::<SplitHeader>() == 16 && size_of::<SplitState>() == 16);
+
+// SAFETY: integers that are accessed atomically, and no padding.
+unsafe impl Atomic for SplitHeader {}
+// SAFETY: as above.
+unsafe impl Atomic for SplitState {}
+
+/// A table in a queue's part, looked up once: what is found by a number of a driver's or a VMM's choice is found
+/// with one comparison.
+#[derive(Debug)]
+pub(crate) struct Table<T> {
+    start: NonNull<T>,
+    len: usize,
+    /// Keeps the memory mapped.
+    _part: SharedPart,
+}
+
+// SAFETY: `start` is the address of shared memory that `_part` keeps mapped; the entries are atomics, and nothing
+// is bound to the thread that looked them up.
+unsafe impl<T: Atomic + Sync> Send for Table<T> {}
+
+impl<T: Atomic> Table<T> {
+    fn new(part: &SharedPart, at: usize, len: usize) -> Option<Self> {
+        let entries = part.atomics::<T>(at, len)?;
+        Some(Self {
+            start: NonNull::from(entries.first()?),
+            len,
+            _part: part.clone(),
+        })
+    }
+
+    /// The entry of this number, if there is one.
+    #[inline]
+    pub(crate) fn get(&self, index: u16) -> Option<&T> {
+        let index = usize::from(index);
+        // SAFETY: `atomics` gave `len` entries from `start` on, in memory that `_part` keeps mapped.
+        (index < self.len).then(|| unsafe { self.start.add(index).as_ref() })
+    }
+
+    /// All entries, in order.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
+        // SAFETY: as in `get`.
+        (0..self.len).map(|index| unsafe { self.start.add(index).as_ref() })
+    }
+}
+
+/// Why a region is not gone on with. What is in flight is then neither repeated nor lost by guessing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum InflightError {
+    /// The part of the queue has no room for the ring.
+    #[error("it has no room for a ring of {0} descriptors")]
+    TooSmall(u16),
+    /// Of another program, or overwritten.
+    #[error("it has version {version} and features {features:#x}, where 1 and 0 are known")]
+    Unknown {
+        /// Its version.
+        version: u16,
+        /// Its feature flags.
+        features: u64,
+    },
+    /// Made for a ring of another size, with requests in flight.
+    #[error("it was made for {found} descriptors, and the ring has {size}")]
+    Size {
+        /// What it says.
+        found: u16,
+        /// The queue size.
+        size: u16,
+    },
+    /// The batch that was being completed is not the one that the ring shows.
+    #[error(
+        "its record of the last completed batch, from used index {from} to {to}, does not agree with the used ring"
+    )]
+    Batch {
+        /// The used index up to which all is recorded.
+        from: u16,
+        /// The ring's used index.
+        to: u16,
+    },
+    /// More in flight than the driver has outstanding.
+    #[error("it has {in_flight} requests in flight, and the driver waits for {outstanding}")]
+    Outstanding {
+        /// Requests that it has in flight.
+        in_flight: u16,
+        /// Requests that the driver has made available and not got back.
+        outstanding: u16,
+    },
 }

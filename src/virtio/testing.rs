@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use super::memory::{GuestMemory, Region};
-use super::ring::RingConfig;
+use super::ring::{ChainBuf, RingConfig};
 
 /// A small deterministic generator (xorshift64*).
 pub(crate) struct Rng(u64);
@@ -230,5 +230,79 @@ impl<'a> Driver<'a> {
             self.set_desc(index, desc(*addr, *len, flags, index + 1));
         }
         first
+    }
+}
+
+/// Where [`SplitRequests`] and [`PackedRequests`] have the buffers of their tags.
+const TAGS: u64 = 0x10_0000;
+/// And the indirect tables.
+const TABLES: u64 = 0x8_0000;
+
+/// A tag is the place of the first buffer.
+fn tag_of(mem: &GuestMemory, chain: &ChainBuf) -> u16 {
+    let base = mem.host_ptr(TAGS, 1).unwrap() as u64;
+    ((chain.readable()[0].iov_base as u64 - base) / 16) as u16
+}
+
+/// A driver of a split ring with requests of its own: one to three descriptors, or an indirect table.
+pub(crate) struct SplitRequests<'a> {
+    pub(crate) driver: Driver<'a>,
+    free: Vec<u16>,
+    taken: Vec<Vec<u16>>,
+    seen: u16,
+}
+
+impl<'a> SplitRequests<'a> {
+    pub(crate) fn new(mem: &'a GuestMemory, size: u16, index: u16) -> Self {
+        Self {
+            driver: Driver::new(mem, 0x1000, size, index),
+            free: (0..size).collect(),
+            taken: vec![Vec::new(); size.into()],
+            seen: index,
+        }
+    }
+
+    /// Makes a request available; none if there is no room for it.
+    pub(crate) fn offer(&mut self, rng: &mut Rng) -> Option<u16> {
+        rng.shuffle(&mut self.free);
+        let count = 1 + rng.below(3) as usize;
+        let places = self.free.split_off(self.free.len().checked_sub(count)?);
+        let head = places[0];
+        let buffer = |i: usize, flags, next| match i {
+            0 => desc(TAGS + 16 * u64::from(head), 16, flags, next),
+            _ => desc(TAGS + 0x8_0000, 8, flags | WRITE, next),
+        };
+        if count == 1 {
+            let table = TABLES + 64 * u64::from(head);
+            self.driver
+                .set_table(table, &[buffer(0, NEXT, 1), buffer(1, 0, 0)]);
+            self.driver.set_desc(head, desc(table, 32, INDIRECT, 0));
+        }
+        for (i, place) in places.iter().enumerate().filter(|_| count > 1) {
+            let next = places.get(i + 1).copied();
+            let flags = if next.is_some() { NEXT } else { 0 };
+            let next = next.unwrap_or_default();
+            self.driver.set_desc(*place, buffer(i, flags, next));
+        }
+        self.taken[usize::from(head)] = places;
+        self.driver.offer(head);
+        Some(head)
+    }
+
+    /// The tags of what came back.
+    pub(crate) fn reap(&mut self) -> Vec<u16> {
+        let mut tags = Vec::new();
+        while self.seen != self.driver.used_idx() {
+            let head = self.driver.used_elem(self.seen).0 as u16;
+            self.free.append(&mut self.taken[usize::from(head)]);
+            self.seen = self.seen.wrapping_add(1);
+            tags.push(head);
+        }
+        tags
+    }
+
+    /// The tag of a request, as the device sees it.
+    pub(crate) fn tag_of(&self, chain: &ChainBuf) -> u16 {
+        tag_of(self.driver.mem, chain)
     }
 }

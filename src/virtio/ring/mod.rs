@@ -8,6 +8,9 @@ pub mod split;
 
 use thiserror::Error;
 
+use super::inflight::{InflightError, QueueRegion};
+use super::memory::GuestMemory;
+
 pub use chain::{ChainBuf, ChainError};
 pub use split::SplitRing;
 
@@ -79,6 +82,136 @@ pub enum RingError {
         /// The queue size.
         size: u16,
     },
+    /// The inflight region does not fit the ring.
+    #[error(
+        "its inflight region can not be gone on with: {0}; reset the guest's device (reboot the guest), which \
+         makes the VMM take a fresh region"
+    )]
+    Inflight(#[from] InflightError),
+}
+
+/// The device's side of a ring, of either layout.
+///
+/// What [`Ring::pop`] gives is a *slot*: a number below the queue size that names the request until its
+/// [`Ring::push_used`]. With an inflight region everything between the two survives this process.
+#[derive(Debug)]
+pub enum Ring {
+    /// Section 2.7.
+    Split(SplitRing),
+}
+
+/// The same call on whichever ring it is.
+macro_rules! each {
+    ($ring:expr, $each:ident => $call:expr) => {
+        match $ring {
+            Ring::Split($each) => $call,
+        }
+    };
+}
+
+impl Ring {
+    /// Looks the ring up in guest memory. What the inflight region has in flight is handed out first.
+    ///
+    /// # Errors
+    /// A size that cannot be, parts that are not aligned or not inside one region of memory each, an inflight
+    /// region that does not fit the ring.
+    pub fn new(
+        mem: &GuestMemory,
+        cfg: &RingConfig,
+        inflight: Option<QueueRegion>,
+    ) -> Result<Self, RingError> {
+        Ok(Ring::Split(match inflight {
+            None => SplitRing::new(mem, cfg)?,
+            Some(region) => SplitRing::with_inflight(mem, cfg, &region)?,
+        }))
+    }
+
+    /// The memory table changed: looks the ring up again.
+    ///
+    /// # Errors
+    /// The ring is not in the new memory; the old mapping stays in use.
+    pub fn remap(&mut self, mem: &GuestMemory) -> Result<(), RingError> {
+        each!(self, ring => ring.remap(mem))
+    }
+
+    /// The slot of the next request, or `None` when the ring is empty.
+    ///
+    /// # Errors
+    /// The driver broke the ring. Nothing was taken, so the error repeats until the queue is reset.
+    #[inline]
+    pub fn pop(&mut self) -> Result<Option<u16>, RingError> {
+        each!(self, ring => ring.pop())
+    }
+
+    /// Whether [`Ring::pop`] has something to say: a request, or an error.
+    #[inline]
+    pub fn available(&self) -> bool {
+        each!(self, ring => ring.available())
+    }
+
+    /// Requests of a predecessor that are still to be handed out by [`Ring::pop`].
+    #[inline]
+    pub fn backlog(&self) -> u16 {
+        each!(self, ring => ring.backlog())
+    }
+
+    /// Collects the buffers of a slot that was popped, see [`SplitRing::read_chain`].
+    ///
+    /// # Errors
+    /// What [`ChainError`] says. `chain` then holds a part of the chain, of no use.
+    #[inline]
+    pub fn read_chain(
+        &self,
+        mem: &GuestMemory,
+        slot: u16,
+        chain: &mut ChainBuf,
+    ) -> Result<(), ChainError> {
+        each!(self, ring => ring.read_chain(mem, slot, chain))
+    }
+
+    /// The request of a slot is done, and `written` bytes of its buffers were written. The driver sees it after
+    /// [`Ring::publish`].
+    #[inline]
+    pub fn push_used(&mut self, slot: u16, written: u32) {
+        each!(self, ring => ring.push_used(slot, written))
+    }
+
+    /// Whether [`Ring::publish`] has something to show.
+    #[inline]
+    pub fn has_unpublished(&self) -> bool {
+        each!(self, ring => ring.has_unpublished())
+    }
+
+    /// Shows the driver what was pushed, and says whether it wants an interrupt for that. `false` when nothing
+    /// was pushed.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        each!(self, ring => ring.publish())
+    }
+
+    /// Asks the driver not to notify, as far as it can be asked.
+    #[inline]
+    pub fn disable_notification(&mut self) {
+        each!(self, ring => ring.disable_notification())
+    }
+
+    /// Asks the driver to notify of the next request. `true` when requests are waiting already: the driver may
+    /// have made them available before it saw the wish, so look before going to sleep.
+    #[inline]
+    pub fn enable_notification(&mut self) -> bool {
+        each!(self, ring => ring.enable_notification())
+    }
+
+    /// Where to go on, as [`RingConfig::base`]: the answer to `GET_VRING_BASE` once all is drained.
+    pub fn base(&self) -> u32 {
+        each!(self, ring => ring.base())
+    }
+
+    /// The queue size.
+    #[inline]
+    pub fn size(&self) -> u16 {
+        each!(self, ring => ring.size())
+    }
 }
 
 /// Whether the driver asked to hear of an index in `old..new` (section 2.7.7.2: `vring_need_event`).
@@ -86,3 +219,6 @@ pub enum RingError {
 pub(crate) fn need_event(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
+
+#[cfg(test)]
+mod tests;

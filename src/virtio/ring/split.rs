@@ -1,5 +1,7 @@
 //! The split ring (section 2.7, "Split Virtqueues").
 
+mod inflight;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 
@@ -11,7 +13,10 @@ use vm_memory::mmap::MmapRegion;
 
 use super::chain::{ChainBuf, ChainError, DESC_SIZE, MAX_DESCRIPTORS, read_pair};
 use super::{RingConfig, RingError, need_event};
+use crate::kill_point::kill_point;
+use crate::virtio::inflight::QueueRegion;
 use crate::virtio::memory::GuestMemory;
+use inflight::SplitInflight;
 
 const NEXT: u16 = VRING_DESC_F_NEXT as u16;
 const WRITE: u16 = VRING_DESC_F_WRITE as u16;
@@ -82,6 +87,7 @@ pub struct SplitRing {
     /// `used.idx` as the driver sees it.
     published: u16,
     cfg: RingConfig,
+    inflight: Option<SplitInflight>,
 }
 
 // SAFETY: the pointers are addresses of shared memory that `parts` keeps mapped; nothing is bound to
@@ -105,9 +111,38 @@ impl SplitRing {
             next_used: 0,
             published: 0,
             cfg: *cfg,
+            inflight: None,
         };
         ring.next_used = u16::from_le(ring.used_field(1).load(Ordering::Acquire));
         ring.published = ring.next_used;
+        Ok(ring)
+    }
+
+    /// As [`SplitRing::new`], with what is in flight kept in a region. Where a predecessor has left requests in
+    /// it, they are handed out first, and the ring goes on behind them: `cfg.base` counts only with a region
+    /// that is fresh.
+    ///
+    /// # Errors
+    /// As [`SplitRing::new`], and a region that does not fit the ring.
+    pub fn with_inflight(
+        mem: &GuestMemory,
+        cfg: &RingConfig,
+        region: &QueueRegion,
+    ) -> Result<Self, RingError> {
+        let mut ring = Self::new(mem, cfg)?;
+        let used_id = |index| ring.used_element(index).0.load(Ordering::Relaxed);
+        let shown = inflight::Shown {
+            size: cfg.size,
+            used_idx: ring.next_used,
+            avail_idx: ring.load_avail_idx(),
+            used_id: &|index| u32::from_le(used_id(index)),
+        };
+        let (inflight, found) = SplitInflight::new(region, &shown)?;
+        if let Some(in_flight) = found {
+            ring.next_avail = ring.next_used.wrapping_add(in_flight);
+            ring.avail_idx = ring.next_avail;
+        }
+        ring.inflight = Some(inflight);
         Ok(ring)
     }
 
@@ -158,6 +193,9 @@ impl SplitRing {
     /// exist. Nothing was taken, so the error repeats until the driver resets the queue.
     #[inline]
     pub fn pop(&mut self) -> Result<Option<u16>, RingError> {
+        if let Some(again) = self.inflight.as_mut().and_then(SplitInflight::again) {
+            return Ok(Some(again));
+        }
         if self.next_avail == self.avail_idx {
             let avail_idx = self.load_avail_idx();
             if avail_idx == self.next_avail {
@@ -181,13 +219,24 @@ impl SplitRing {
             });
         }
         self.next_avail = self.next_avail.wrapping_add(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.take(head);
+        }
         Ok(Some(head))
     }
 
     /// Whether [`SplitRing::pop`] has something to say: a chain, or an error.
     #[inline]
     pub fn available(&self) -> bool {
-        self.next_avail != self.avail_idx || self.load_avail_idx() != self.next_avail
+        self.next_avail != self.avail_idx
+            || self.load_avail_idx() != self.next_avail
+            || self.backlog() > 0
+    }
+
+    /// Chains of a predecessor that are still to be popped.
+    #[inline]
+    pub fn backlog(&self) -> u16 {
+        self.inflight.as_ref().map_or(0, SplitInflight::backlog)
     }
 
     /// How many chains are waiting, at most the queue size.
@@ -230,19 +279,34 @@ impl SplitRing {
         }
     }
 
+    /// Id and length of the used element that `index` (free running) stands for.
+    #[inline]
+    fn used_element(&self, index: u16) -> (&AtomicU32, &AtomicU32) {
+        let index = usize::from(index & self.mask);
+        // SAFETY: `Parts::new` checked `size` elements of 8 bytes after 4 bytes of header, 4-aligned.
+        unsafe {
+            let element = self.parts.used.cast::<AtomicU32>().add(1 + 2 * index);
+            (&*element, &*element.add(1))
+        }
+    }
+
     /// Writes a used element: the chain of `head` is done and `written` bytes of it were written.
     /// The driver sees it after [`SplitRing::publish`].
     #[inline]
     pub fn push_used(&mut self, head: u16, written: u32) {
-        let index = usize::from(self.next_used & self.mask);
-        // SAFETY: `Parts::new` checked `size` elements of 8 bytes after 4 bytes of header, 4-aligned.
-        let element = unsafe { self.parts.used.cast::<AtomicU32>().add(1 + 2 * index) };
-        // SAFETY: as above.
-        unsafe {
-            (*element).store(u32::from(head).to_le(), Ordering::Relaxed);
-            (*element.add(1)).store(written.to_le(), Ordering::Relaxed);
-        }
+        let (id, len) = self.used_element(self.next_used);
+        id.store(u32::from(head).to_le(), Ordering::Relaxed);
+        len.store(written.to_le(), Ordering::Relaxed);
         self.next_used = self.next_used.wrapping_add(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.push(head);
+        }
+    }
+
+    /// Whether elements were pushed that the driver does not see yet.
+    #[inline]
+    pub fn has_unpublished(&self) -> bool {
+        self.next_used != self.published
     }
 
     /// Makes the pushed elements visible, and says whether the driver wants an interrupt for them.
@@ -258,6 +322,10 @@ impl SplitRing {
         // are there once the index is seen.
         self.used_field(1).store(new.to_le(), Ordering::Release);
         self.published = new;
+        if let Some(inflight) = &mut self.inflight {
+            kill_point!("ring-split-shown");
+            inflight.settle(new);
+        }
         // The index must be visible before the driver's wish is read; the driver writes its wish,
         // then a full barrier, then reads the index (sections 2.7.7.2 and 2.7.14). Otherwise both
         // sides can miss each other.
@@ -297,12 +365,17 @@ impl SplitRing {
         // Pairs with the driver's full barrier between avail.idx and reading the wish (section
         // 2.7.13.4).
         fence(Ordering::SeqCst);
-        self.load_avail_idx() != self.next_avail
+        self.load_avail_idx() != self.next_avail || self.backlog() > 0
     }
 
-    /// The next available index to be served: the answer to `GET_VRING_BASE` once all is drained.
+    /// The next available index to be served.
     pub fn next_avail(&self) -> u16 {
         self.next_avail
+    }
+
+    /// The same as [`RingConfig::base`]: the answer to `GET_VRING_BASE` once all is drained.
+    pub fn base(&self) -> u32 {
+        self.next_avail.into()
     }
 
     /// The index of the next used element to be pushed.

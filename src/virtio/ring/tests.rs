@@ -1,0 +1,3 @@
+//! What holds of a ring of either layout, as its driver sees it.
+
+mod kills;
