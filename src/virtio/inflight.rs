@@ -7,7 +7,7 @@
 
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64};
 
 use thiserror::Error;
 
@@ -76,6 +76,13 @@ impl QueueRegion {
         let header = Table::new(&self.part, 0, 1)?;
         Some((header, Table::new(&self.part, at, usize::from(size))?))
     }
+
+    /// The part as a packed ring of `size` descriptors uses it; none if there is no room for it.
+    pub(crate) fn packed(&self, size: u16) -> Option<(Table<PackedHeader>, Table<PackedState>)> {
+        let at = size_of::<PackedHeader>();
+        let header = Table::new(&self.part, 0, 1)?;
+        Some((header, Table::new(&self.part, at, usize::from(size))?))
+    }
 }
 
 /// What `version` is in a region that is in use; 0 says that it is fresh.
@@ -102,12 +109,47 @@ pub(crate) struct SplitState {
     pub(crate) counter: AtomicU64,
 }
 
+/// `QueueRegionPacked`, without the states that follow it. Fields that change together are one integer here.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct PackedHeader {
+    pub(crate) features: AtomicU64,
+    pub(crate) version: AtomicU16,
+    pub(crate) desc_num: AtomicU16,
+    /// `free_head`, `old_free_head`: two of 16 bits.
+    pub(crate) free_heads: AtomicU32,
+    /// `used_idx`, `old_used_idx`: two of 16 bits; `used_wrap_counter`, `old_used_wrap_counter`: two of 8 bits.
+    pub(crate) used: AtomicU64,
+    padding: AtomicU64,
+}
+
+/// `DescStatePacked`.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct PackedState {
+    pub(crate) inflight: AtomicU8,
+    padding: AtomicU8,
+    pub(crate) next: AtomicU16,
+    pub(crate) last: AtomicU16,
+    pub(crate) num: AtomicU16,
+    pub(crate) counter: AtomicU64,
+    pub(crate) id: AtomicU16,
+    pub(crate) flags: AtomicU16,
+    pub(crate) len: AtomicU32,
+    pub(crate) addr: AtomicU64,
+}
+
 const _: () = assert!(size_of::<SplitHeader>() == 16 && size_of::<SplitState>() == 16);
+const _: () = assert!(size_of::<PackedHeader>() == HEADER && size_of::<PackedState>() == STATE);
 
 // SAFETY: integers that are accessed atomically, and no padding.
 unsafe impl Atomic for SplitHeader {}
 // SAFETY: as above.
 unsafe impl Atomic for SplitState {}
+// SAFETY: as above.
+unsafe impl Atomic for PackedHeader {}
+// SAFETY: as above.
+unsafe impl Atomic for PackedState {}
 
 /// A table in a queue's part, looked up once: what is found by a number of a driver's or a VMM's choice is found
 /// with one comparison.
@@ -188,4 +230,18 @@ pub enum InflightError {
         /// Requests that the driver has made available and not got back.
         outstanding: u16,
     },
+    /// A packed ring's free list and chains do not have every entry exactly once.
+    #[error("its lists of descriptors are damaged at entry {0}")]
+    Lists(u16),
+    /// A packed ring's used index is not in the ring.
+    #[error("its used index {index} is not one of a ring of {size}")]
+    Used {
+        /// The index.
+        index: u16,
+        /// The queue size.
+        size: u16,
+    },
+    /// What it has in flight in a packed ring is not there.
+    #[error("it has descriptor {0} in flight, which the driver has not made available")]
+    NotAvailable(u16),
 }

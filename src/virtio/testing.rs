@@ -306,3 +306,197 @@ impl<'a> SplitRequests<'a> {
         tag_of(self.driver.mem, chain)
     }
 }
+
+/// `VIRTQ_DESC_F_AVAIL` and `VIRTQ_DESC_F_USED`.
+pub(crate) const AVAIL: u16 = 1 << 7;
+pub(crate) const USED: u16 = 1 << 15;
+
+/// A place in a packed ring and a wrap counter.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    pub(crate) index: u16,
+    pub(crate) wrap: bool,
+}
+
+impl Place {
+    pub(crate) fn bits(self) -> u16 {
+        self.index | u16::from(self.wrap) << 15
+    }
+
+    fn skip(&mut self, count: u16, size: u16) {
+        self.index += count;
+        if self.index >= size {
+            self.index -= size;
+            self.wrap = !self.wrap;
+        }
+    }
+}
+
+/// The driver's side of a packed ring laid out at `base`, as section 2.8 has it.
+pub(crate) struct PackedDriver<'a> {
+    pub(crate) mem: &'a GuestMemory,
+    pub(crate) cfg: RingConfig,
+    pub(crate) next_avail: Place,
+    pub(crate) next_used: Place,
+    /// Descriptors of each buffer id.
+    counts: Vec<u16>,
+}
+
+impl<'a> PackedDriver<'a> {
+    /// Both sides begin at `index` of a lap with this wrap counter; a new ring at 0, true.
+    pub(crate) fn new(mem: &'a GuestMemory, base: u64, size: u16, index: u16, wrap: bool) -> Self {
+        let start = Place { index, wrap };
+        // As the lap before has left it.
+        for i in 0..u64::from(size) {
+            let wrap = wrap == (i < u64::from(index));
+            let flags = if wrap { AVAIL | USED } else { 0 };
+            write_u16(mem, base + 16 * i + 14, flags);
+        }
+        let events = base + 16 * u64::from(size);
+        let base = u32::from(start.bits());
+        Self {
+            mem,
+            cfg: RingConfig {
+                size,
+                desc_table: events - 16 * u64::from(size),
+                avail_ring: events,
+                used_ring: events + 4,
+                event_idx: false,
+                indirect: true,
+                packed: true,
+                base: base | base << 16,
+            },
+            next_avail: start,
+            next_used: start,
+            counts: vec![0; 1 << 16],
+        }
+    }
+
+    pub(crate) fn set_desc(&self, index: u16, addr: u64, len: u32, id: u16, flags: u16) {
+        // The layout of a split ring's descriptor, with id and flags in other places.
+        let at = self.cfg.desc_table + 16 * u64::from(index);
+        let bytes = desc(addr, len, id, flags).bytes();
+        write_bytes(self.mem, at, &bytes);
+    }
+
+    /// Makes a chain of (address, length, flags) available; its first descriptor's flags come last.
+    pub(crate) fn offer(&mut self, id: u16, parts: &[(u64, u32, u16)]) {
+        let first = self.next_avail;
+        let mut first_flags = 0;
+        for (i, (addr, len, flags)) in parts.iter().enumerate() {
+            let at = self.next_avail;
+            let more = if i + 1 < parts.len() { NEXT } else { 0 };
+            let flags = flags | more | if at.wrap { AVAIL } else { USED };
+            // The id counts in the last one only.
+            let shown_id = if more == 0 { id } else { !id };
+            if i == 0 {
+                first_flags = flags;
+                let old = self.flags(at.index);
+                self.set_desc(at.index, *addr, *len, shown_id, old);
+            } else {
+                self.set_desc(at.index, *addr, *len, shown_id, flags);
+            }
+            self.next_avail.skip(1, self.cfg.size);
+        }
+        self.counts[usize::from(id)] = parts.len() as u16;
+        self.set_flags(first.index, first_flags);
+    }
+
+    pub(crate) fn flags(&self, index: u16) -> u16 {
+        read_u16(self.mem, self.cfg.desc_table + 16 * u64::from(index) + 14)
+    }
+
+    pub(crate) fn set_flags(&self, index: u16, flags: u16) {
+        let at = self.cfg.desc_table + 16 * u64::from(index) + 14;
+        write_u16(self.mem, at, flags);
+    }
+
+    /// The next buffer that came back: its id, and the length if the device has written.
+    pub(crate) fn used(&mut self) -> Option<(u16, Option<u32>)> {
+        let at = self.next_used;
+        let flags = self.flags(at.index);
+        let wanted = if at.wrap { AVAIL | USED } else { 0 };
+        if flags & (AVAIL | USED) != wanted {
+            return None;
+        }
+        let desc = self.cfg.desc_table + 16 * u64::from(at.index);
+        let len = read_u32(self.mem, desc + 8);
+        let id = read_u16(self.mem, desc + 12);
+        let count = self.counts[usize::from(id)];
+        self.next_used.skip(count, self.cfg.size);
+        Some((id, (flags & WRITE != 0).then_some(len)))
+    }
+
+    /// What this driver wants to hear: an event as [`Place::bits`], and flags.
+    pub(crate) fn set_event(&self, event: u16, flags: u16) {
+        write_u16(self.mem, self.cfg.avail_ring, event);
+        write_u16(self.mem, self.cfg.avail_ring + 2, flags);
+    }
+
+    /// What the device wants to hear.
+    pub(crate) fn device_event(&self) -> (u16, u16) {
+        let at = self.cfg.used_ring;
+        (read_u16(self.mem, at), read_u16(self.mem, at + 2))
+    }
+}
+
+/// As [`SplitRequests`], of a packed ring. Buffer ids are the tags.
+pub(crate) struct PackedRequests<'a> {
+    pub(crate) driver: PackedDriver<'a>,
+    free: u16,
+    free_ids: Vec<u16>,
+}
+
+impl<'a> PackedRequests<'a> {
+    pub(crate) fn new(mem: &'a GuestMemory, size: u16, index: u16, wrap: bool) -> Self {
+        Self {
+            driver: PackedDriver::new(mem, 0x1000, size, index, wrap),
+            free: size,
+            free_ids: (0..size).collect(),
+        }
+    }
+
+    /// Makes a request available; none if there is no room for it.
+    pub(crate) fn offer(&mut self, rng: &mut Rng) -> Option<u16> {
+        rng.shuffle(&mut self.free_ids);
+        let count = 1 + rng.below(4) as u16;
+        self.free = self.free.checked_sub(count)?;
+        let tag = self.free_ids.pop()?;
+        let buffer = |i: u16| match i {
+            0 => (TAGS + 16 * u64::from(tag), 16, 0),
+            _ => (TAGS + 0x8_0000, 8, WRITE),
+        };
+        if count == 1 {
+            let table = TABLES + 64 * u64::from(tag);
+            for i in 0..2 {
+                let (addr, len, flags) = buffer(i);
+                // Flags other than WRITE mean nothing here, and neither does the id.
+                let flags = flags | rng.pick(&[0, NEXT, INDIRECT, AVAIL | USED]);
+                let desc = desc(addr, len, rng.next() as u16, flags);
+                write_bytes(self.driver.mem, table + 16 * u64::from(i), &desc.bytes());
+            }
+            let flags = INDIRECT | rng.pick(&[0, WRITE]);
+            self.driver.offer(tag, &[(table, 32, flags)]);
+        } else {
+            let parts: Vec<_> = (0..count).map(buffer).collect();
+            self.driver.offer(tag, &parts);
+        }
+        Some(tag)
+    }
+
+    /// The tags of what came back.
+    pub(crate) fn reap(&mut self) -> Vec<u16> {
+        let mut tags = Vec::new();
+        while let Some((id, _)) = self.driver.used() {
+            self.free += self.driver.counts[usize::from(id)];
+            self.free_ids.push(id);
+            tags.push(id);
+        }
+        tags
+    }
+
+    /// The tag of a request, as the device sees it.
+    pub(crate) fn tag_of(&self, chain: &ChainBuf) -> u16 {
+        tag_of(self.driver.mem, chain)
+    }
+}

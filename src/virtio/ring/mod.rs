@@ -1,23 +1,29 @@
 //! Virtqueues, the device's side.
 //!
-//! [`split`] is the split ring of the specification (section 2.7, "Split Virtqueues"); [`chain`]
-//! collects descriptors into host addresses and is shared by every ring layout.
+//! [`split`] is the split ring of the specification (section 2.7, "Split Virtqueues"), [`packed`] the packed
+//! one (section 2.8, "Packed Virtqueues"); [`chain`] collects descriptors into host addresses and is shared by
+//! both.
 
 pub mod chain;
+pub mod packed;
 pub mod split;
 
+use std::sync::Arc;
+
 use thiserror::Error;
+use vm_memory::mmap::MmapRegion;
 
 use super::inflight::{InflightError, QueueRegion};
 use super::memory::GuestMemory;
 
 pub use chain::{ChainBuf, ChainError};
+pub use packed::PackedRing;
 pub use split::SplitRing;
 
 /// Where a ring lies and how it was negotiated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RingConfig {
-    /// Number of descriptors: a power of two, 1 to 32768.
+    /// Number of descriptors, 1 to 32768; of a split ring a power of two.
     pub size: u16,
     /// Guest physical address of the descriptor table.
     pub desc_table: u64,
@@ -44,7 +50,10 @@ pub enum RingError {
     /// Not a power of two from 1 to 32768.
     #[error("queue size {0} is not a power of two between 1 and 32768")]
     Size(u16),
-    /// A part of the ring is not aligned as section 2.7 demands (16, 2 and 4 bytes).
+    /// Not from 1 to 32768.
+    #[error("queue size {0} of a packed ring is not between 1 and 32768")]
+    PackedSize(u16),
+    /// A part of the ring is not aligned as sections 2.7 (16, 2 and 4 bytes) and 2.8.10.1 (16, 4 and 4) demand.
     #[error("{part} at guest address {addr:#x} is not aligned to {align} bytes")]
     Alignment {
         /// Which part of the ring.
@@ -82,6 +91,24 @@ pub enum RingError {
         /// The queue size.
         size: u16,
     },
+    /// A packed ring is to go on at a descriptor that does not exist.
+    #[error("base {base:#x} is outside a packed ring of {size}")]
+    Base {
+        /// See [`RingConfig::base`].
+        base: u32,
+        /// The queue size.
+        size: u16,
+    },
+    /// The chain at this descriptor of a packed ring has more descriptors than the driver can have left.
+    #[error(
+        "the chain at descriptor {index} runs into descriptors of requests in flight, in a ring of {size}"
+    )]
+    Overrun {
+        /// Where the chain begins.
+        index: u16,
+        /// The queue size.
+        size: u16,
+    },
     /// The inflight region does not fit the ring.
     #[error(
         "its inflight region can not be gone on with: {0}; reset the guest's device (reboot the guest), which \
@@ -98,6 +125,8 @@ pub enum RingError {
 pub enum Ring {
     /// Section 2.7.
     Split(SplitRing),
+    /// Section 2.8.
+    Packed(PackedRing),
 }
 
 /// The same call on whichever ring it is.
@@ -105,6 +134,7 @@ macro_rules! each {
     ($ring:expr, $each:ident => $call:expr) => {
         match $ring {
             Ring::Split($each) => $call,
+            Ring::Packed($each) => $call,
         }
     };
 }
@@ -120,10 +150,12 @@ impl Ring {
         cfg: &RingConfig,
         inflight: Option<QueueRegion>,
     ) -> Result<Self, RingError> {
-        Ok(Ring::Split(match inflight {
-            None => SplitRing::new(mem, cfg)?,
-            Some(region) => SplitRing::with_inflight(mem, cfg, &region)?,
-        }))
+        Ok(match (cfg.packed, inflight) {
+            (false, None) => Ring::Split(SplitRing::new(mem, cfg)?),
+            (false, Some(region)) => Ring::Split(SplitRing::with_inflight(mem, cfg, &region)?),
+            (true, None) => Ring::Packed(PackedRing::new(mem, cfg)?),
+            (true, Some(region)) => Ring::Packed(PackedRing::with_inflight(mem, cfg, &region)?),
+        })
     }
 
     /// The memory table changed: looks the ring up again.
@@ -212,6 +244,23 @@ impl Ring {
     pub fn size(&self) -> u16 {
         each!(self, ring => ring.size())
     }
+}
+
+/// `len` bytes at a guest address, aligned there and here.
+fn lookup(
+    mem: &GuestMemory,
+    part: &'static str,
+    addr: u64,
+    len: u64,
+    align: u64,
+) -> Result<(*mut u8, Arc<MmapRegion>), RingError> {
+    let unmapped = RingError::Unmapped { part, addr, len };
+    let host = mem.host_ptr(addr, len).ok_or(unmapped)?;
+    // A VMM may map a region askew, so an aligned guest address is not yet an aligned host address.
+    if addr % align != 0 || host as u64 % align != 0 {
+        return Err(RingError::Alignment { part, addr, align });
+    }
+    Ok((host, mem.mapping_of(addr).ok_or(unmapped)?))
 }
 
 /// Whether the driver asked to hear of an index in `old..new` (section 2.7.7.2: `vring_need_event`).

@@ -12,7 +12,7 @@ use virtio_bindings::virtio_ring::{
 use vm_memory::mmap::MmapRegion;
 
 use super::chain::{ChainBuf, ChainError, DESC_SIZE, MAX_DESCRIPTORS, read_pair};
-use super::{RingConfig, RingError, need_event};
+use super::{RingConfig, RingError, lookup, need_event};
 use crate::kill_point::kill_point;
 use crate::virtio::inflight::QueueRegion;
 use crate::virtio::memory::GuestMemory;
@@ -41,28 +41,21 @@ impl Parts {
         }
         // The event fields exist only where they were negotiated (sections 2.7.6 and 2.7.8).
         let event = if cfg.event_idx { 2 } else { 0 };
-        let part = |part, addr: u64, len: u64, align: u64| {
-            let host = mem
-                .host_ptr(addr, len)
-                .ok_or(RingError::Unmapped { part, addr, len })?;
-            // A VMM may map a region askew, so an aligned guest address is not yet an aligned host
-            // address.
-            if addr % align != 0 || host as u64 % align != 0 {
-                return Err(RingError::Alignment { part, addr, align });
-            }
-            let mapping = mem
-                .mapping_of(addr)
-                .ok_or(RingError::Unmapped { part, addr, len })?;
-            Ok((host, mapping))
-        };
-        let (desc, m0) = part(
+        let (desc, m0) = lookup(
+            mem,
             "descriptor table",
             cfg.desc_table,
             size * u64::from(DESC_SIZE),
             16,
         )?;
-        let (avail, m1) = part("available ring", cfg.avail_ring, 4 + 2 * size + event, 2)?;
-        let (used, m2) = part("used ring", cfg.used_ring, 4 + 8 * size + event, 4)?;
+        let (avail, m1) = lookup(
+            mem,
+            "available ring",
+            cfg.avail_ring,
+            4 + 2 * size + event,
+            2,
+        )?;
+        let (used, m2) = lookup(mem, "used ring", cfg.used_ring, 4 + 8 * size + event, 4)?;
         Ok(Self {
             desc,
             avail: avail.cast(),

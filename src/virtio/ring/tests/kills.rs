@@ -9,7 +9,7 @@ use crate::shared_memory::SharedMemory;
 use crate::virtio::inflight::{InflightLayout, QueueRegion};
 use crate::virtio::memory::GuestMemory;
 use crate::virtio::ring::ChainBuf;
-use crate::virtio::testing::{Rng, SplitRequests, memory};
+use crate::virtio::testing::{PackedRequests, Rng, SplitRequests, memory};
 
 const RAM: u64 = 0x20_0000;
 
@@ -23,20 +23,26 @@ trait Requests {
     fn tag_of(&self, chain: &ChainBuf) -> u16;
 }
 
-impl Requests for SplitRequests<'_> {
-    fn config(&self) -> RingConfig {
-        self.driver.cfg
-    }
-    fn offer(&mut self, rng: &mut Rng) -> Option<u16> {
-        self.offer(rng)
-    }
-    fn reap(&mut self) -> Vec<u16> {
-        self.reap()
-    }
-    fn tag_of(&self, chain: &ChainBuf) -> u16 {
-        self.tag_of(chain)
-    }
+macro_rules! requests {
+    ($of:ident) => {
+        impl Requests for $of<'_> {
+            fn config(&self) -> RingConfig {
+                self.driver.cfg
+            }
+            fn offer(&mut self, rng: &mut Rng) -> Option<u16> {
+                $of::offer(self, rng)
+            }
+            fn reap(&mut self) -> Vec<u16> {
+                $of::reap(self)
+            }
+            fn tag_of(&self, chain: &ChainBuf) -> u16 {
+                $of::tag_of(self, chain)
+            }
+        }
+    };
 }
+requests!(SplitRequests);
+requests!(PackedRequests);
 
 struct Bench<'a, R> {
     mem: &'a GuestMemory,
@@ -158,6 +164,20 @@ fn a_split_ring_killed_anywhere_loses_and_repeats_nothing() {
         let size = 1 << rng.below(6);
         let start = rng.pick(&[0, 7, 65500, 65533, 65535]);
         let requests = SplitRequests::new(&mem, size, start);
+        completed += lives(&mem, requests, seed);
+    }
+    assert!(completed > 20_000, "{completed}");
+}
+
+#[test]
+fn a_packed_ring_killed_anywhere_loses_and_repeats_nothing() {
+    let mut completed = 0;
+    for seed in 0..3000 {
+        let mut rng = Rng::new(seed);
+        let mem = memory(&[(0, RAM)]);
+        let size = rng.pick(&[1, 2, 3, 5, 8, 13, 16, 31, 33]);
+        let start = rng.below(size.into()) as u16;
+        let requests = PackedRequests::new(&mem, size, start, rng.once_in(2));
         completed += lives(&mem, requests, seed);
     }
     assert!(completed > 20_000, "{completed}");
