@@ -1,5 +1,6 @@
 //! The state of one connection with a VMM, and what each message does to it.
 
+mod inflight;
 mod messages;
 
 use std::fs::File;
@@ -31,6 +32,7 @@ pub(super) const PROTOCOL_FEATURES: Protocol = Protocol::MQ
     .union(Protocol::REPLY_ACK)
     .union(Protocol::CONFIG)
     .union(Protocol::CONFIGURE_MEM_SLOTS)
+    .union(Protocol::INFLIGHT_SHMFD)
     .union(Protocol::RESET_DEVICE)
     .union(Protocol::STATUS);
 
@@ -50,6 +52,7 @@ pub(super) struct Session {
     features_refused: bool,
     protocol: u64,
     status: u8,
+    inflight: Option<inflight::Region>,
 }
 
 fn refuse(why: impl Into<String>) -> Error {
@@ -74,6 +77,7 @@ impl Session {
             features_refused: false,
             protocol: 0,
             status: 0,
+            inflight: None,
         }
     }
 
@@ -121,6 +125,7 @@ impl Session {
     /// The end of the connection: everything is stopped, the memory let go.
     pub(super) fn disconnect(&mut self) {
         self.device.reset();
+        self.forget_inflight();
         self.rings.clear();
         self.memory = Arc::new(GuestMemory::empty());
     }
@@ -169,13 +174,14 @@ impl Session {
     fn start(&mut self, index: usize) -> std::result::Result<(), String> {
         let enabled = self.is_enabled(index);
         let features = self.features & !F_PROTOCOL_FEATURES;
-        let ring = &mut self.rings[index];
-        let Some(config) = ring
+        let Some(config) = self.rings[index]
             .config(&self.memory, features)
             .map_err(|error| error.to_string())?
         else {
             return Ok(());
         };
+        let inflight = self.inflight_of(index, config.size)?;
+        let ring = &mut self.rings[index];
         let copy = |file: &Option<File>| {
             copied(file).map_err(|error| format!("cannot copy one of its descriptors: {error}"))
         };
@@ -198,7 +204,7 @@ impl Session {
                 call,
                 err,
                 enabled,
-                inflight: None,
+                inflight,
                 used_log: None,
             },
         )?;

@@ -18,8 +18,8 @@ use crate::virtio::memory::GuestMemory;
 /// Features of the recording device: VERSION_1, EVENT_IDX, INDIRECT_DESC, MQ, FLUSH.
 pub(crate) const FEATURES: u64 = 1 << 32 | 1 << 29 | 1 << 28 | 1 << 12 | 1 << 9;
 pub(crate) const BIT_30: u64 = 1 << 30;
-/// MQ, REPLY_ACK, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS and STATUS.
-pub(crate) const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 13 | 1 << 15 | 1 << 16;
+/// MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS and STATUS.
+pub(crate) const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16;
 pub(crate) const NEED_REPLY: u32 = 0x8;
 
 /// A call of the session to its device.
@@ -259,6 +259,16 @@ impl Client {
         let mut payload = vec![0; word(8) as usize];
         self.sock.read_exact(&mut payload).unwrap();
         (word(0), payload)
+    }
+
+    /// The next reply that brings a descriptor: its payload and the file.
+    pub(crate) fn reply_with_fd(&mut self, request: FrontendReq) -> (Vec<u8>, File) {
+        let mut bytes = [0u8; 256];
+        let (len, file) = self.sock.recv_with_fd(&mut bytes).unwrap();
+        let word = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
+        assert_eq!((word(0), word(4)), (request as u32, 0x5));
+        assert_eq!(len, 12 + word(8) as usize);
+        (bytes[12..len].to_vec(), file.expect("a descriptor"))
     }
 
     pub(crate) fn reply_u64(&mut self, request: FrontendReq) -> u64 {

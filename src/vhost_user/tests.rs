@@ -1,6 +1,7 @@
 //! The session from the VMM's side: each test is a case that broke some back-end.
 
 mod device;
+mod inflight;
 mod memory;
 mod messages;
 mod rings;

@@ -34,6 +34,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             info!("{}: device reset with {running} rings running", self.name);
         }
         self.device.reset();
+        self.forget_inflight();
         for ring in &mut self.rings {
             ring.reset();
         }
@@ -252,13 +253,13 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn get_inflight_fd(
         &mut self,
-        _inflight: &VhostUserInflight,
+        inflight: &VhostUserInflight,
     ) -> Result<(VhostUserInflight, File)> {
-        Err(refuse("INFLIGHT_SHMFD was not offered"))
+        self.make_inflight(inflight)
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        Err(refuse("INFLIGHT_SHMFD was not offered"))
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        self.use_inflight(inflight, file)
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {

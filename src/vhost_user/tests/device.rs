@@ -64,7 +64,7 @@ fn features_that_cannot_be_ignored_are_refused() {
         let features = words(&[FEATURES | BIT_30 | 1 << bit]);
         assert!(!bench.try_set(Req::SET_FEATURES, &features, &[]), "{bit}");
     }
-    let protocol = words(&[PROTOCOL | 1 << 12]);
+    let protocol = words(&[PROTOCOL | 1 << 17]);
     assert!(!bench.try_set(Req::SET_PROTOCOL_FEATURES, &protocol, &[]));
     assert!(bench.device.calls().is_empty());
 }

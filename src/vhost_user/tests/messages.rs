@@ -45,6 +45,8 @@ fn messages_without_their_feature_end_the_connection_or_are_refused() {
         (Req::SET_BACKEND_REQ_FD, &vec![], vec![fd.as_raw_fd()]),
     ] {
         let mut bench = Bench::negotiated();
+        let few = words(&[PROTOCOL & (1 | 1 << 3)]);
+        bench.set(Req::SET_PROTOCOL_FEATURES, &few, &[]);
         bench.client.send(request, NEED_REPLY, payload, &fds);
         assert!(bench.run().is_err(), "{request:?}");
         assert!(bench.client.is_silent());
