@@ -192,6 +192,20 @@ impl ActiveDisk {
         top.write_back_if_due(io, below).await
     }
 
+    /// Puts no copying off any more, or does again; being eager begins with what was put off. Not to be called
+    /// from a request.
+    ///
+    /// # Errors
+    /// As [`ActiveDisk::flush`]; what could not be completed is tried again by the next flush.
+    pub async fn set_eager(&self, io: &Io, eager: bool) -> Result<()> {
+        let _pin = io.pin();
+        if self.read_only {
+            return Ok(());
+        }
+        let (top, below) = self.top();
+        top.set_eager(io, below, eager).await
+    }
+
     /// Changes the disk's size to `size` bytes, whole sectors. What is new reads as zeros; requests that end
     /// beyond a smaller size are refused from the call on. Not to be called from a request: it waits for those
     /// that began before. The guest is told of it elsewhere.

@@ -216,6 +216,15 @@ impl Layer {
         }
     }
 
+    /// Copies at once what must be copied, or puts it off.
+    pub(super) async fn set_eager(&self, io: &Io, below: &[Layer], eager: bool) -> Result<()> {
+        match self {
+            Self::Qcow2(image) => image.set_eager(io, below, eager).await,
+            // They put nothing off.
+            _ => Ok(()),
+        }
+    }
+
     /// Makes the layer's disk `size` bytes long; what is new reads as zeros. Requests may run; those that
     /// begin later and end beyond a smaller size are not to come here. Not to be called from a request.
     ///

@@ -24,6 +24,7 @@ use crate::virtio::blk::DeviceLimits;
 use crate::virtio::blk::config::{ConfigError, DeviceConfig};
 use crate::virtio::blk::features;
 use crate::virtio::blk::request::DeviceId;
+use crate::virtio::dirty::DirtyLog;
 use crate::virtio::inflight::QueueRegion;
 use crate::virtio::memory::GuestMemory;
 use crate::virtio::ring::{RingConfig, RingError};
@@ -138,6 +139,8 @@ struct Control {
     active: Option<Arc<ActiveDisk>>,
     /// Memory that outlives this process.
     journal: Option<SharedPart>,
+    /// Where writes to guest memory are marked.
+    log: Option<Arc<DirtyLog>>,
     rings: BTreeMap<u16, Arc<RingStats>>,
 }
 
@@ -257,6 +260,7 @@ impl BlkDevice {
             err: start.err,
             enabled: start.enabled,
             inflight: start.inflight,
+            log: control.log.clone(),
             used_log: start.used_log,
             stats: stats.clone(),
         });
@@ -334,6 +338,37 @@ impl BlkDevice {
         }
         drop(control);
         Ok(())
+    }
+
+    /// Marks what is written to guest memory from now on, or no longer. In effect when this returns: whatever is
+    /// completed later is marked there, and all marks before are in the log before. While there is a log, copying
+    /// that an image puts off is done at once, so that little is left to do when the disk is handed over; it begins
+    /// with what was put off, which this does not wait for.
+    pub fn set_log(&self, log: Option<Arc<DirtyLog>>) -> Result<(), DeviceError> {
+        let mut control = lock(&self.control);
+        control.log.clone_from(&log);
+        if control.rings.is_empty() {
+            return Ok(());
+        }
+        let workers = self.plane.workers() as u16;
+        // One ring of each worker is enough to reach them all.
+        for index in 0..workers.min(self.settings.num_queues) {
+            self.ask(index, |key, reply| Command::SetLog {
+                device: key.0,
+                log: log.clone(),
+                reply,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Replaces where a running ring's used ring is in the log.
+    pub fn set_used_log(&self, index: u16, used_log: Option<u64>) -> Result<(), DeviceError> {
+        self.ask(index, |key, reply| Command::SetUsedLog {
+            key,
+            used_log,
+            reply,
+        })
     }
 
     /// Replaces what the driver kicks.

@@ -10,6 +10,7 @@ use super::device::DeviceShared;
 use super::stats::RingStats;
 use crate::block::ActiveDisk;
 use crate::reactor::Doorbell;
+use crate::virtio::dirty::DirtyLog;
 use crate::virtio::inflight::QueueRegion;
 use crate::virtio::memory::GuestMemory;
 use crate::virtio::ring::{RingConfig, RingError};
@@ -36,6 +37,18 @@ pub(super) enum Command {
         device: u32,
         memory: Arc<GuestMemory>,
         reply: SyncSender<Result<(), RingError>>,
+    },
+    /// From now on, what the device writes to guest memory is marked there. None: nothing is.
+    SetLog {
+        device: u32,
+        log: Option<Arc<DirtyLog>>,
+        reply: SyncSender<()>,
+    },
+    /// From now on, this is where a used ring is in the log.
+    SetUsedLog {
+        key: RingKey,
+        used_log: Option<u64>,
+        reply: SyncSender<()>,
     },
     /// Replace a file of a ring.
     SetFile {
@@ -78,6 +91,7 @@ pub(super) struct Start {
     pub(super) err: Option<File>,
     pub(super) enabled: bool,
     pub(super) inflight: Option<QueueRegion>,
+    pub(super) log: Option<Arc<DirtyLog>>,
     pub(super) used_log: Option<u64>,
     pub(super) stats: Arc<RingStats>,
 }

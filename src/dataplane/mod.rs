@@ -12,6 +12,7 @@
 //!   starts, and gives it back when the last one has stopped.
 
 pub mod device;
+mod dirty;
 mod mailbox;
 pub mod poll;
 mod queue;

@@ -18,12 +18,14 @@ use std::task::Poll;
 use log::{error, info, warn};
 
 use super::device::DeviceShared;
+use super::dirty::{MarkError, Marks};
 use super::mailbox::{RingFile, RingKey, Start};
 use super::stats::RingStats;
 use crate::block::{self, ActiveDisk};
 use crate::kill_point::kill_point;
 use crate::reactor::{Io, IoFile, Sg, TaskId};
-use crate::virtio::blk::request::{self, Command, Outcome, Parsed, Status};
+use crate::virtio::blk::request::{self, Command, Outcome, Parsed, Reply, Status};
+use crate::virtio::dirty::DirtyLog;
 use crate::virtio::memory::GuestMemory;
 use crate::virtio::ring::{ChainBuf, Ring, RingError};
 
@@ -51,7 +53,7 @@ pub(super) struct Queue {
     enabled: Cell<bool>,
     broken: Cell<bool>,
     stopping: RefCell<Option<SyncSender<Option<u32>>>>,
-    _used_log: Option<u64>,
+    marks: Marks,
     stats: Arc<RingStats>,
 }
 
@@ -98,13 +100,55 @@ impl Queue {
             enabled: Cell::new(start.enabled),
             broken: Cell::new(false),
             stopping: RefCell::new(None),
-            _used_log: start.used_log,
+            marks: Marks::new(start.log, start.used_log, &start.config),
             stats: start.stats,
         });
         queue.set_file(RingFile::Kick, start.kick);
         queue.set_file(RingFile::Call, start.call);
         queue.ring.borrow_mut().disable_notification();
+        queue.marked(queue.marks.whole_ring());
         Ok(queue)
+    }
+
+    /// The disk that it serves.
+    pub(super) fn disk(&self) -> &Arc<ActiveDisk> {
+        &self.disk
+    }
+
+    /// Marks what is written to guest memory from now on in this log.
+    pub(super) fn set_log(&self, log: Option<Arc<DirtyLog>>) {
+        self.marks.set_log(log);
+        self.marked(self.marks.whole_ring());
+    }
+
+    /// Marks what is written to the used ring from now on there.
+    pub(super) fn set_used_log(&self, used_log: Option<u64>) {
+        self.marks.set_used(used_log);
+        self.marked(self.marks.whole_ring());
+    }
+
+    /// A page that is not marked would be stale at the target of the migration: nothing more is written to guest
+    /// memory than what is under way already.
+    #[inline]
+    fn marked(&self, done: Result<(), MarkError>) {
+        if let Err(error) = done {
+            self.break_ring(&error);
+        }
+    }
+
+    #[inline]
+    fn mark_request(&self, memory: &GuestMemory, chain: &ChainBuf, reply: &Reply) {
+        if self.marks.are_on() {
+            self.marked(self.marks.request(memory, chain, reply.status_ptr()));
+            kill_point!("request-marked");
+        }
+    }
+
+    #[inline]
+    fn mark_notification(&self) {
+        if self.marks.are_on() {
+            self.marked(self.marks.notification());
+        }
     }
 
     pub(super) fn set_file(self: &Rc<Self>, which: RingFile, file: Option<File>) {
@@ -241,11 +285,15 @@ impl Queue {
                 if status != Status::Ok {
                     self.stats.errors.count();
                 }
-                parsed.finish(status)
+                let written = parsed.finish(status);
+                self.mark_request(memory, chain, &parsed.reply);
+                written
             }
             Outcome::Finish { status, reply } => {
                 self.stats.errors.count();
-                reply.finish(status)
+                let written = reply.finish(status);
+                self.mark_request(memory, chain, &reply);
+                written
             }
             Outcome::Broken => {
                 self.complain(&format_args!("request {head} has no room for a status"));
@@ -332,10 +380,16 @@ impl Queue {
     pub(super) fn publish(&self) -> bool {
         let mut ring = self.ring.borrow_mut();
         let anything = ring.has_unpublished();
+        let old = ring.shown();
         let wanted = ring.publish();
+        let new = ring.shown();
         drop(ring);
         if anything {
             kill_point!("published");
+            if self.marks.are_on() {
+                self.marked(self.marks.completions(old, new));
+                kill_point!("completions-marked");
+            }
         }
         if wanted {
             self.interrupt();
@@ -358,7 +412,12 @@ impl Queue {
 
     /// Asks the driver to notify us. Returns true if requests are waiting already.
     pub(super) fn before_sleep(&self) -> bool {
-        self.fetches() && !self.polled.get() && self.ring.borrow_mut().enable_notification()
+        if !self.fetches() || self.polled.get() {
+            return false;
+        }
+        let waiting = self.ring.borrow_mut().enable_notification();
+        self.mark_notification();
+        waiting
     }
 
     /// Asks the driver not to notify us.
@@ -366,6 +425,7 @@ impl Queue {
         self.stats.sleeps.add(u64::from(slept));
         if self.fetches() {
             self.ring.borrow_mut().disable_notification();
+            self.mark_notification();
         }
     }
 
@@ -423,6 +483,7 @@ impl Queue {
         // A successor must be notified, whatever we asked for last.
         if !self.broken.get() {
             self.ring.borrow_mut().enable_notification();
+            self.mark_notification();
         }
         if let Some(task) = self.kick.take() {
             self.io.remove(task);

@@ -15,6 +15,7 @@ use super::poll::{Idle, PollConfig, Poller, Waiting};
 use super::queue::Queue;
 use crate::block::ActiveDisk;
 use crate::reactor::{Io, IoConfig, TaskId};
+use crate::virtio::dirty::DirtyLog;
 
 /// Starts a worker; returns once it runs, or with what kept it from running.
 pub(super) fn spawn(
@@ -95,7 +96,11 @@ struct Worker {
 /// How often a disk is asked whether something has waited too long to be written.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
-async fn keep_house(io: Io, disk: Arc<ActiveDisk>) {
+async fn keep_house(io: Io, disk: Arc<ActiveDisk>, eager: bool) {
+    if let Err(error) = disk.set_eager(&io, eager).await {
+        // The next flush tries again.
+        warn!("completing clusters whose copying was put off: {error}");
+    }
     loop {
         io.sleep(HOUSEKEEPING).await;
         if let Err(error) = disk.write_back_if_due(&io).await {
@@ -212,13 +217,13 @@ impl Worker {
             // A reply that nobody waits for any more is no loss.
             match command {
                 Command::Start { key, start, reply } => {
-                    let disk = start.disk.clone();
+                    let (disk, eager) = (start.disk.clone(), start.log.is_some());
                     let started = Queue::start(key, &self.io, *start);
                     let _ = reply.send(started.map(|queue| {
                         self.queues.push(queue);
-                        self.housekeepers
-                            .entry(key.0)
-                            .or_insert_with(|| self.io.spawn(keep_house(self.io.clone(), disk)));
+                        self.housekeepers.entry(key.0).or_insert_with(|| {
+                            self.io.spawn(keep_house(self.io.clone(), disk, eager))
+                        });
                     }));
                 }
                 Command::Stop { key, reply } => match self.find(key) {
@@ -235,6 +240,20 @@ impl Worker {
                         result = result.and(queue.set_memory(&memory));
                     }
                     let _ = reply.send(result);
+                }
+                Command::SetLog { device, log, reply } => {
+                    self.set_log(device, log.as_ref());
+                    let _ = reply.send(());
+                }
+                Command::SetUsedLog {
+                    key,
+                    used_log,
+                    reply,
+                } => {
+                    if let Some(queue) = self.find(key) {
+                        queue.set_used_log(used_log);
+                    }
+                    let _ = reply.send(());
                 }
                 Command::SetFile {
                     key,
@@ -265,6 +284,22 @@ impl Worker {
         }
         // Whatever the commands changed, the rings are looked at before the next sleep.
         self.poller.busy(Instant::now);
+    }
+
+    /// All marks of what was completed before are in by now: they are set where a request completes. From here
+    /// on those of this log are.
+    fn set_log(&mut self, device: u32, log: Option<&Arc<DirtyLog>>) {
+        let mut disk = None;
+        for queue in self.queues.iter().filter(|q| q.key.0 == device) {
+            queue.set_log(log.cloned());
+            disk = Some(queue.disk().clone());
+        }
+        if let (Some(disk), Some(task)) = (disk, self.housekeepers.get_mut(&device)) {
+            self.io.remove(*task);
+            *task = self
+                .io
+                .spawn(keep_house(self.io.clone(), disk, log.is_some()));
+        }
     }
 
     fn find(&self, key: (u32, u16)) -> Option<&Rc<Queue>> {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::device::{Device, RingStart};
 use crate::dataplane::BlkDevice;
 use crate::shared_memory::SharedPart;
+use crate::virtio::dirty::DirtyLog;
 use crate::virtio::memory::GuestMemory;
 
 fn words(error: impl std::fmt::Display) -> String {
@@ -55,6 +56,14 @@ impl Device for BlkDevice {
 
     fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), String> {
         BlkDevice::set_memory(self, &memory).map_err(words)
+    }
+
+    fn set_log(&self, log: Option<Arc<DirtyLog>>) -> Result<(), String> {
+        BlkDevice::set_log(self, log).map_err(words)
+    }
+
+    fn set_used_log(&self, index: u16, used_log: Option<u64>) -> Result<(), String> {
+        BlkDevice::set_used_log(self, index, used_log).map_err(words)
     }
 
     fn set_kick(&self, index: u16, kick: Option<File>) -> Result<(), String> {

@@ -184,6 +184,11 @@ impl Connection {
             // The crate goes by the last SET_FEATURES, be it refused or without bit 30, which some
             // front-ends do not accept although they negotiate protocol features.
             Ok(FrontendReq::SET_VRING_ENABLE) => self.set_vring_enable(header),
+            // A descriptor to be signalled when something was marked, which nobody waits for: it is closed.
+            Ok(FrontendReq::SET_LOG_FD) => {
+                self.take(header)?;
+                self.acknowledge(header, Ok(()))
+            }
             Ok(request) if is_carried(request) => self.hand_over(header),
             // Known to the protocol and not offered, or unknown.
             _ => {

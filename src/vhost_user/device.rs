@@ -4,6 +4,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use crate::shared_memory::SharedPart;
+use crate::virtio::dirty::DirtyLog;
 use crate::virtio::memory::GuestMemory;
 
 pub use crate::dataplane::device::RingStart;
@@ -57,6 +58,14 @@ pub trait Device: Send + Sync {
     /// Replaces the guest's memory under the running rings. Called only while a ring runs; the rings lie
     /// at the same guest addresses in the old and the new memory.
     fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), String>;
+
+    /// Marks what is written to guest memory from now on in this log, or nowhere; also for rings that start later.
+    /// When this returns it is in effect on every worker, and all marks of what was completed before are in the log
+    /// that was in use before.
+    fn set_log(&self, log: Option<Arc<DirtyLog>>) -> Result<(), String>;
+
+    /// Replaces where a running ring's used ring is in the log; `None`: it is not to be logged.
+    fn set_used_log(&self, index: u16, used_log: Option<u64>) -> Result<(), String>;
 
     /// Replaces the kick descriptor of a running ring; `None` means that the ring is polled.
     fn set_kick(&self, index: u16, kick: Option<File>) -> Result<(), String>;

@@ -45,6 +45,8 @@ pub(super) struct Running {
 pub(super) struct Ring {
     pub size: Option<u16>,
     pub addresses: Option<Addresses>,
+    /// Where its used ring is in the dirty log, if it is to be logged. Guest physical address.
+    pub used_log: Option<u64>,
     /// Where it goes on ([`RingConfig::base`]): from `SET_VRING_BASE`, or where it stopped.
     pub base: Option<u32>,
     pub kick: Kick,

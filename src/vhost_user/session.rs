@@ -1,13 +1,14 @@
 //! The state of one connection with a VMM, and what each message does to it.
 
 mod inflight;
+mod log;
 mod messages;
 
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use log::{info, warn};
+use ::log::{info, warn};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use vhost::vhost_user::{Error, Result, VhostUserBackendReqHandlerMut, VhostUserVirtioFeatures};
 
@@ -18,17 +19,23 @@ use crate::virtio::memory::GuestMemory;
 /// Bit 30: the front-end may negotiate protocol features.
 pub(super) const F_PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
-/// Features that change what lies in the guest's memory or what must be done with it: `VHOST_F_LOG_ALL`,
+/// `VHOST_F_LOG_ALL`: writes to guest memory are marked in the dirty log. The session's, as bit 30 is.
+pub(super) const F_LOG_ALL: u64 = 1 << 26;
+/// Features that are about the connection and not about the device.
+const SESSION_FEATURES: u64 = F_PROTOCOL_FEATURES | F_LOG_ALL;
+
+/// Features that change what lies in the guest's memory or what must be done with it:
 /// `ACCESS_PLATFORM`, `RING_PACKED` and `IN_ORDER`. A driver that accepts one of them unoffered cannot be
 /// served. Others are ignored: QEMU offers some of its own accord (`ANY_LAYOUT`, `RING_RESET`) and passes
 /// on that the guest accepted them.
-const BINDING_FEATURES: u64 = 1 << 26 | 1 << 33 | 1 << 34 | 1 << 35;
+const BINDING_FEATURES: u64 = 1 << 33 | 1 << 34 | 1 << 35;
 
 /// `FEATURES_OK` of the device status (virtio 1.2, section 2.1).
 const STATUS_FEATURES_OK: u8 = 8;
 
 /// The protocol features that a session offers.
 pub(super) const PROTOCOL_FEATURES: Protocol = Protocol::MQ
+    .union(Protocol::LOG_SHMFD)
     .union(Protocol::REPLY_ACK)
     .union(Protocol::CONFIG)
     .union(Protocol::CONFIGURE_MEM_SLOTS)
@@ -53,6 +60,7 @@ pub(super) struct Session {
     protocol: u64,
     status: u8,
     inflight: Option<inflight::Region>,
+    log: log::Log,
 }
 
 fn refuse(why: impl Into<String>) -> Error {
@@ -78,6 +86,7 @@ impl Session {
             protocol: 0,
             status: 0,
             inflight: None,
+            log: log::Log::default(),
         }
     }
 
@@ -126,6 +135,7 @@ impl Session {
     pub(super) fn disconnect(&mut self) {
         self.device.reset();
         self.forget_inflight();
+        self.forget_log();
         self.rings.clear();
         self.memory = Arc::new(GuestMemory::empty());
     }
@@ -173,7 +183,7 @@ impl Session {
 
     fn start(&mut self, index: usize) -> std::result::Result<(), String> {
         let enabled = self.is_enabled(index);
-        let features = self.features & !F_PROTOCOL_FEATURES;
+        let features = self.features & !SESSION_FEATURES;
         let Some(config) = self.rings[index]
             .config(&self.memory, features)
             .map_err(|error| error.to_string())?
@@ -205,7 +215,7 @@ impl Session {
                 err,
                 enabled,
                 inflight,
-                used_log: None,
+                used_log: ring.used_log,
             },
         )?;
         info!(
@@ -238,7 +248,7 @@ impl Session {
 
     /// Puts a new memory table in use: under the running rings, and for those that waited for it.
     fn use_memory(&mut self, table: Arc<GuestMemory>) -> Result<()> {
-        let features = self.features & !F_PROTOCOL_FEATURES;
+        let features = self.features & !SESSION_FEATURES;
         let mut moved = Vec::new();
         for (index, ring) in self.rings.iter().enumerate() {
             let Some(running) = &ring.running else {
@@ -277,6 +287,7 @@ impl Session {
                 .set_memory(Arc::clone(&table))
                 .map_err(|why| refuse(format!("the memory table cannot be replaced: {why}")))?;
         }
+        self.check_log(&table);
         self.memory = table;
         for index in 0..self.rings.len() {
             // The table itself is in use: what keeps a ring from starting is not the VMM's error here.

@@ -13,13 +13,17 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::{Connection, ConnectionError, Device, Progress, RingStart};
 use crate::shared_memory::SharedPart;
+use crate::virtio::dirty::DirtyLog;
 use crate::virtio::memory::GuestMemory;
 
 /// Features of the recording device: VERSION_1, EVENT_IDX, INDIRECT_DESC, MQ, FLUSH.
 pub(crate) const FEATURES: u64 = 1 << 32 | 1 << 29 | 1 << 28 | 1 << 12 | 1 << 9;
 pub(crate) const BIT_30: u64 = 1 << 30;
-/// MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS and STATUS.
-pub(crate) const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16;
+/// LOG_ALL, which the session offers besides.
+pub(crate) const LOG_ALL: u64 = 1 << 26;
+/// MQ, LOG_SHMFD, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS and STATUS.
+pub(crate) const PROTOCOL: u64 =
+    1 | 1 << 1 | 1 << 3 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16;
 pub(crate) const NEED_REPLY: u32 = 0x8;
 
 /// A call of the session to its device.
@@ -35,6 +39,8 @@ pub(crate) enum Asked {
     Enabled(u16, bool),
     SetConfig(u32, Vec<u8>),
     Journal(Option<usize>),
+    Log(bool),
+    UsedLog(u16, Option<u64>),
     Reset,
 }
 
@@ -44,6 +50,7 @@ pub(crate) struct FakeDevice {
     calls: Mutex<Vec<Asked>>,
     starts: Mutex<Vec<RingStart>>,
     memory: Mutex<Option<Arc<GuestMemory>>>,
+    log: Mutex<Option<Arc<DirtyLog>>>,
     /// `start_ring` fails with these words.
     pub(crate) start_error: Mutex<Option<String>>,
     /// `config` fails with these words.
@@ -74,6 +81,11 @@ impl FakeDevice {
     /// The memory that `set_memory` gave last.
     pub(crate) fn memory(&self) -> Option<Arc<GuestMemory>> {
         self.memory.lock().unwrap().clone()
+    }
+
+    /// The log that `set_log` gave last.
+    pub(crate) fn log(&self) -> Option<Arc<DirtyLog>> {
+        self.log.lock().unwrap().clone()
     }
 
     fn record(&self, call: Asked) {
@@ -142,6 +154,17 @@ impl Device for FakeDevice {
     fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), String> {
         self.record(Asked::Memory(memory.regions().len()));
         *self.memory.lock().unwrap() = Some(memory);
+        Ok(())
+    }
+
+    fn set_log(&self, log: Option<Arc<DirtyLog>>) -> Result<(), String> {
+        self.record(Asked::Log(log.is_some()));
+        *self.log.lock().unwrap() = log;
+        Ok(())
+    }
+
+    fn set_used_log(&self, index: u16, used_log: Option<u64>) -> Result<(), String> {
+        self.record(Asked::UsedLog(index, used_log));
         Ok(())
     }
 
@@ -316,7 +339,10 @@ impl Bench {
     }
 
     pub(crate) fn negotiate(&mut self, features: u64) {
-        assert_eq!(self.get(FrontendReq::GET_FEATURES), FEATURES | BIT_30);
+        assert_eq!(
+            self.get(FrontendReq::GET_FEATURES),
+            FEATURES | BIT_30 | LOG_ALL
+        );
         assert_eq!(self.get(FrontendReq::GET_PROTOCOL_FEATURES), PROTOCOL);
         self.client.send(
             FrontendReq::SET_PROTOCOL_FEATURES,

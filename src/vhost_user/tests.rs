@@ -2,6 +2,7 @@
 
 mod device;
 mod inflight;
+mod log;
 mod memory;
 mod messages;
 mod rings;

@@ -11,7 +11,7 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
-use super::{BINDING_FEATURES, F_PROTOCOL_FEATURES, PROTOCOL_FEATURES, Session, copied, refuse};
+use super::{BINDING_FEATURES, PROTOCOL_FEATURES, SESSION_FEATURES, Session, copied, refuse};
 use crate::vhost_user::rings::{Addresses, Kick, Ring};
 use crate::vhost_user::{config, memory};
 
@@ -45,11 +45,11 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn get_features(&mut self) -> Result<u64> {
         self.features_asked = true;
-        Ok(self.device.features() | F_PROTOCOL_FEATURES)
+        Ok(self.device.features() | SESSION_FEATURES)
     }
 
     fn set_features(&mut self, features: u64) -> Result<()> {
-        let offered = self.device.features() | F_PROTOCOL_FEATURES;
+        let offered = self.device.features() | SESSION_FEATURES;
         let unknown = features & !offered;
         self.features_refused = true;
         if unknown & BINDING_FEATURES != 0 {
@@ -62,7 +62,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             debug!("{}: features {unknown:#x} are not ours", self.name);
         }
         let features = features & offered;
-        let changed = (features ^ self.features) & !F_PROTOCOL_FEATURES;
+        let changed = (features ^ self.features) & !SESSION_FEATURES;
         if changed != 0 {
             if let Some(index) = self.rings.iter().position(Ring::is_running) {
                 return Err(refuse(format!(
@@ -72,8 +72,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         }
         self.features_refused = false;
         self.features = features;
-        self.device
-            .set_acked_features(features & !F_PROTOCOL_FEATURES);
+        self.device.set_acked_features(features & !SESSION_FEATURES);
+        self.update_log()?;
         for index in 0..self.rings.len() {
             self.update_enabled(index)?;
         }
@@ -114,11 +114,11 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
         let index = self.ring_index(index)?;
         let addresses = Addresses {
@@ -133,6 +133,8 @@ impl VhostUserBackendReqHandlerMut for Session {
             )));
         }
         ring.addresses = Some(addresses);
+        let logged = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG);
+        self.set_used_log(index, logged.then_some(log))?;
         self.start_if_complete(index)
     }
 
@@ -301,7 +303,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         Err(refuse("SHMEM was not offered"))
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        Err(refuse("LOG_SHMFD was not offered"))
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        self.use_log(log, file)
     }
 }

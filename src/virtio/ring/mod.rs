@@ -214,6 +214,16 @@ impl Ring {
         each!(self, ring => ring.has_unpublished())
     }
 
+    /// What the driver was shown last. Split: `used.idx`. Packed: the place behind the last used descriptor, in bit
+    /// 15 the wrap counter.
+    #[inline]
+    pub fn shown(&self) -> u16 {
+        match self {
+            Ring::Split(ring) => ring.published_used(),
+            Ring::Packed(ring) => ring.next_used(),
+        }
+    }
+
     /// Shows the driver what was pushed, and says whether it wants an interrupt for that. `false` when nothing
     /// was pushed.
     #[inline]

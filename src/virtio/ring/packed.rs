@@ -446,6 +446,12 @@ impl PackedRing {
         self.available()
     }
 
+    /// Where the next used descriptor goes: bits 0 to 14 its place, bit 15 the wrap counter.
+    #[inline]
+    pub fn next_used(&self) -> u16 {
+        self.next_used.bits()
+    }
+
     /// The same as [`RingConfig::base`]: the answer to `GET_VRING_BASE` once all is drained.
     pub fn base(&self) -> u32 {
         u32::from(self.next_avail.bits()) | u32::from(self.next_used.bits()) << 16
