@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -285,12 +285,34 @@ impl BlkDevice {
     /// Stops a ring: fetches nothing more, waits for what is under way (telling `progress` how much every
     /// few seconds), and returns where it would go on ([`RingConfig::base`]). After the last ring the image is given back.
     pub fn stop_ring(&self, index: u16, progress: &mut dyn FnMut(u32)) -> Result<u32, DeviceError> {
+        self.end_ring(index, progress, |key, reply| Command::Stop { key, reply })
+    }
+
+    /// As [`BlkDevice::stop_ring`], but what is under way is given up: it stays in the inflight region, to be done
+    /// by whoever serves the ring next. Waited for is only what a device has already.
+    pub fn suspend_ring(
+        &self,
+        index: u16,
+        progress: &mut dyn FnMut(u32),
+    ) -> Result<u32, DeviceError> {
+        self.end_ring(index, progress, |key, reply| Command::Suspend {
+            key,
+            reply,
+        })
+    }
+
+    fn end_ring(
+        &self,
+        index: u16,
+        progress: &mut dyn FnMut(u32),
+        command: impl FnOnce(RingKey, SyncSender<Option<u32>>) -> Command,
+    ) -> Result<u32, DeviceError> {
         let mut control = lock(&self.control);
         let stats = control
             .rings
             .remove(&index)
             .ok_or(DeviceError::NotRunning(index))?;
-        let receiver = self.send(index, |key, reply| Command::Stop { key, reply });
+        let receiver = self.send(index, command);
         let base = loop {
             match receiver.recv_timeout(PROGRESS_EVERY) {
                 Ok(answer) => break answer,
@@ -448,7 +470,7 @@ impl BlkDevice {
     fn send<T>(
         &self,
         index: u16,
-        command: impl FnOnce(RingKey, std::sync::mpsc::SyncSender<T>) -> Command,
+        command: impl FnOnce(RingKey, SyncSender<T>) -> Command,
     ) -> Receiver<T> {
         let (reply, receiver) = sync_channel(1);
         self.plane
@@ -460,7 +482,7 @@ impl BlkDevice {
     fn ask<T>(
         &self,
         index: u16,
-        command: impl FnOnce(RingKey, std::sync::mpsc::SyncSender<T>) -> Command,
+        command: impl FnOnce(RingKey, SyncSender<T>) -> Command,
     ) -> Result<T, DeviceError> {
         self.send(index, command)
             .recv()

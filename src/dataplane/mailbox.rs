@@ -32,6 +32,11 @@ pub(super) enum Command {
         key: RingKey,
         reply: SyncSender<Option<u32>>,
     },
+    /// Fetch nothing more, give up what is under way, let the ring go; answers as `Stop` does.
+    Suspend {
+        key: RingKey,
+        reply: SyncSender<Option<u32>>,
+    },
     /// From now on, this is the device's guest memory.
     SetMemory {
         device: u32,

@@ -53,6 +53,8 @@ pub(super) struct Queue {
     enabled: Cell<bool>,
     broken: Cell<bool>,
     stopping: RefCell<Option<SyncSender<Option<u32>>>>,
+    /// What is under way is given up.
+    suspended: Cell<bool>,
     marks: Marks,
     stats: Arc<RingStats>,
 }
@@ -100,6 +102,7 @@ impl Queue {
             enabled: Cell::new(start.enabled),
             broken: Cell::new(false),
             stopping: RefCell::new(None),
+            suspended: Cell::new(false),
             marks: Marks::new(start.log, start.used_log, &start.config),
             stats: start.stats,
         });
@@ -195,7 +198,8 @@ impl Queue {
     /// What a predecessor had in flight is served even while the ring stops: `base` is behind it.
     #[cold]
     fn finishes_backlog(&self) -> bool {
-        self.stopping.borrow().is_some() && !self.broken.get() && self.ring.borrow().backlog() > 0
+        let stops = self.stopping.borrow().is_some() && !self.suspended.get();
+        stops && !self.broken.get() && self.ring.borrow().backlog() > 0
     }
 
     /// True if the worker must not sleep because of this ring.
@@ -466,6 +470,31 @@ impl Queue {
         self.stopping.replace(Some(reply));
     }
 
+    /// Begins to stop at once: nothing more is fetched, and what is under way is given up. It is neither completed
+    /// nor taken out of the inflight region, so whoever serves the ring next does it again. The answer goes out when
+    /// the kernel has let go of the guest's memory.
+    ///
+    /// A request that is dropped half-way leaves the image as a failed one does: claims, records and new clusters
+    /// are guards.
+    pub(super) fn suspend(&self, reply: SyncSender<Option<u32>>) {
+        self.stopping.replace(Some(reply));
+        self.suspended.set(true);
+        for slot in self.slots.borrow().iter().flatten() {
+            if let Some(task) = slot.task.get().filter(|_| slot.busy.get()) {
+                self.io.hold(task);
+            }
+        }
+        kill_point!("suspended");
+    }
+
+    /// True if nothing that was given up is under way any more.
+    #[cold]
+    fn is_quiet(&self) -> bool {
+        let slots = self.slots.borrow();
+        let mut busy = slots.iter().flatten().filter(|slot| slot.busy.get());
+        busy.all(|slot| slot.task.get().is_none_or(|task| self.io.is_quiet(task)))
+    }
+
     /// True while requests are under way.
     #[inline]
     pub(super) fn has_requests(&self) -> bool {
@@ -474,7 +503,9 @@ impl Queue {
 
     /// True once a stop was asked for and nothing is under way.
     pub(super) fn is_stopped(&self) -> bool {
-        self.in_flight.get() == 0 && self.stopping.borrow().is_some() && !self.finishes_backlog()
+        let done = || self.in_flight.get() == 0 && !self.finishes_backlog();
+        self.stopping.borrow().is_some()
+            && (done() || (self.suspended.get() && self.is_quiet()))
     }
 
     /// Lets everything go and answers the stop. The last thing that happens to a queue.

@@ -230,6 +230,10 @@ impl Worker {
                     Some(queue) => queue.stop(reply),
                     None => drop(reply.send(None)),
                 },
+                Command::Suspend { key, reply } => match self.find(key) {
+                    Some(queue) => queue.suspend(reply),
+                    None => drop(reply.send(None)),
+                },
                 Command::SetMemory {
                     device,
                     memory,

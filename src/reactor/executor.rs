@@ -24,6 +24,8 @@ struct Task {
     waker: Waker,
     queued: bool,
     alive: bool,
+    /// Makes no more progress until it is removed.
+    held: bool,
 }
 
 /// The part of a reactor that other threads may touch.
@@ -137,6 +139,7 @@ impl Executor {
                     waker: self.waker(task),
                     queued: false,
                     alive: false,
+                    held: false,
                 });
                 task
             }
@@ -144,6 +147,7 @@ impl Executor {
         let entry = &mut tasks[task.0 as usize];
         entry.future = Some(future);
         entry.alive = true;
+        entry.held = false;
         drop(tasks);
         self.enqueue(task);
         task
@@ -162,6 +166,13 @@ impl Executor {
         self.free.borrow_mut().push(task.0);
     }
 
+    /// Lets a task make no more progress; it is to be removed.
+    pub(super) fn hold(&self, task: TaskId) {
+        if let Some(entry) = self.tasks.borrow_mut().get_mut(task.0 as usize) {
+            entry.held = true;
+        }
+    }
+
     pub(super) fn remove_all(&self) {
         let count = self.tasks.borrow().len() as u32;
         (0..count).for_each(|index| self.remove(TaskId(index)));
@@ -174,7 +185,7 @@ impl Executor {
             return;
         }
         if let Some(entry) = self.tasks.borrow_mut().get_mut(task.0 as usize) {
-            if entry.alive && !entry.queued {
+            if entry.alive && !entry.queued && !entry.held {
                 entry.queued = true;
                 self.ready.borrow_mut().push_back(task);
             }
@@ -222,6 +233,9 @@ impl Executor {
             return;
         };
         entry.queued = false;
+        if entry.held {
+            return;
+        }
         let Some(mut future) = entry.future.take() else {
             return;
         };

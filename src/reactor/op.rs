@@ -104,6 +104,16 @@ impl OpTable {
         matches!(self.entries[index as usize].state, State::Done { .. })
     }
 
+    /// The operations under way that a task waits for.
+    pub(super) fn of(&self, task: TaskId) -> impl Iterator<Item = u32> + '_ {
+        let is_its =
+            move |entry: &Entry| matches!(entry.state, State::Pending { waiter } if waiter == task);
+        (0..)
+            .zip(&self.entries)
+            .filter(move |(_, entry)| is_its(entry))
+            .map(|(index, _)| index)
+    }
+
     fn release(&mut self, index: u32) {
         self.entries[index as usize].state = State::Free { next: self.free };
         self.free = index;

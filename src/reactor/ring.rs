@@ -253,6 +253,25 @@ impl Io {
         }
     }
 
+    /// Lets a task make no more progress, and asks the kernel to give its operations up; those that a device
+    /// has already go on. The task is to be removed when it [`is_quiet`](Io::is_quiet): earlier, the removal
+    /// would wait, and all other tasks with it.
+    #[cold]
+    pub fn hold(&self, task: TaskId) {
+        self.inner.exec.hold(task);
+        let under_way: Vec<u32> = self.ops().of(task).collect();
+        for index in under_way {
+            let cancel = opcode::AsyncCancel::new(index.into()).build();
+            self.inner.push(&cancel.user_data(CANCEL));
+        }
+    }
+
+    /// True if no operation of this task is under way.
+    #[cold]
+    pub fn is_quiet(&self, task: TaskId) -> bool {
+        self.ops().of(task).next().is_none()
+    }
+
     /// Ends one operation without running tasks: it was dropped before its end. A poll or a timeout is
     /// cancelled; a transfer that the device already has is waited for.
     #[cold]

@@ -181,3 +181,38 @@ fn a_poll_dropped_early_is_cancelled_and_a_non_blocking_eventfd_is_waited_for() 
     thread.join().unwrap();
     assert_eq!(event.read().unwrap(), 1);
 }
+
+#[test]
+fn a_held_task_makes_no_progress_and_is_quiet_once_the_kernel_has_let_go() {
+    let io = io();
+    let (reader, writer) = std::os::unix::net::UnixStream::pair().unwrap();
+    let file = std::rc::Rc::new(IoFile::new(File::from(std::os::fd::OwnedFd::from(reader))));
+    let ended = std::rc::Rc::new(Cell::new(false));
+    let task = io.spawn({
+        let (io, file, ended) = (io.clone(), file.clone(), ended.clone());
+        async move {
+            let mut buf = io.buf(4096);
+            // Nothing comes: it waits until it is cancelled.
+            let _ = io.read(&file, u64::MAX, buf.sg()).await;
+            ended.set(true);
+        }
+    });
+    while io.turn() {}
+    assert!(!io.is_quiet(task));
+    io.hold(task);
+    while !io.is_quiet(task) {
+        io.turn();
+    }
+    while io.turn() {}
+    assert!(!ended.get(), "it was not told of its operation's end");
+    io.remove(task);
+    // The number is used again, and that task runs.
+    let next = io.spawn({
+        let ended = ended.clone();
+        async move { ended.set(true) }
+    });
+    assert_eq!(next, task);
+    while io.turn() {}
+    assert!(ended.get());
+    drop(writer);
+}

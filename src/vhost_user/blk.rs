@@ -54,6 +54,10 @@ impl Device for BlkDevice {
         BlkDevice::stop_ring(self, index, progress).map_err(words)
     }
 
+    fn suspend_ring(&self, index: u16, progress: &mut dyn FnMut(u32)) -> Result<u32, String> {
+        BlkDevice::suspend_ring(self, index, progress).map_err(words)
+    }
+
     fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), String> {
         BlkDevice::set_memory(self, &memory).map_err(words)
     }

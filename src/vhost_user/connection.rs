@@ -11,7 +11,7 @@ use vhost::vhost_user::{self, BackendReqHandler, VhostUserBackendReqHandlerMut};
 
 use super::device::Device;
 use super::peek::{self, Header, Peeked};
-use super::session::Session;
+use super::session::{GET_VRING_BASE_SKIP_DRAIN, Session};
 
 /// So many messages are handled at once before others (signals, a second client) get their turn.
 const BATCH: usize = 64;
@@ -190,6 +190,7 @@ impl Connection {
                 self.acknowledge(header, Ok(()))
             }
             Ok(request) if is_carried(request) => self.hand_over(header),
+            Err(()) if header.request == GET_VRING_BASE_SKIP_DRAIN => self.stop_undrained(header),
             // Known to the protocol and not offered, or unknown.
             _ => {
                 self.take(header)?;
@@ -299,6 +300,20 @@ impl Connection {
             });
         }
         self.reply(header, status)
+    }
+
+    fn stop_undrained(&mut self, header: &Header) -> Result<(), ConnectionError> {
+        // A vring state, as in SET_VRING_ENABLE, whose number is not used; the answer is one too.
+        let index = self.take_u64(header)? as u32;
+        let base = self.session().stop_undrained(index);
+        match base {
+            Ok(base) => self.reply(header, u64::from(base) << 32 | u64::from(index)),
+            // There is no answer that says no.
+            Err(error) => Err(ConnectionError::Refused {
+                request: header.name(),
+                why: error.to_string(),
+            }),
+        }
     }
 
     fn set_vring_enable(&mut self, header: &Header) -> Result<(), ConnectionError> {

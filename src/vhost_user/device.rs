@@ -55,6 +55,11 @@ pub trait Device: Send + Sync {
     /// memory let go, before this returns. The ring counts as stopped even after an error.
     fn stop_ring(&self, index: u16, progress: &mut dyn FnMut(u32)) -> Result<u32, String>;
 
+    /// As [`stop_ring`](Device::stop_ring), but what is in flight is not waited for: it is given up, and stays in the
+    /// inflight region of the ring, which has one, for whoever serves the ring next. Guest memory is not written
+    /// to any more when this returns.
+    fn suspend_ring(&self, index: u16, progress: &mut dyn FnMut(u32)) -> Result<u32, String>;
+
     /// Replaces the guest's memory under the running rings. Called only while a ring runs; the rings lie
     /// at the same guest addresses in the old and the new memory.
     fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), String>;

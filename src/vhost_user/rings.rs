@@ -38,6 +38,8 @@ pub(super) enum Kick {
 pub(super) struct Running {
     pub config: RingConfig,
     pub enabled: bool,
+    /// It has a part in the inflight region.
+    pub kept: bool,
 }
 
 /// The state of one ring.
@@ -72,6 +74,11 @@ pub(super) struct NotInMemory {
 impl Ring {
     pub(super) fn is_running(&self) -> bool {
         self.running.is_some()
+    }
+
+    /// Whether it runs, and what it has in flight is in the inflight region.
+    pub(super) fn is_kept(&self) -> bool {
+        self.running.as_ref().is_some_and(|running| running.kept)
     }
 
     /// Whether size, addresses, base and kick are all there and the ring does not run yet.

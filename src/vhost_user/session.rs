@@ -3,6 +3,7 @@
 mod inflight;
 mod log;
 mod messages;
+mod stop;
 
 use std::fs::File;
 use std::io;
@@ -15,6 +16,8 @@ use vhost::vhost_user::{Error, Result, VhostUserBackendReqHandlerMut, VhostUserV
 use super::device::{Device, RingStart};
 use super::rings::{Kick, Ring, Running, signal_error};
 use crate::virtio::memory::GuestMemory;
+pub(super) use stop::GET_VRING_BASE_SKIP_DRAIN;
+use stop::Stop;
 
 /// Bit 30: the front-end may negotiate protocol features.
 pub(super) const F_PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -41,7 +44,9 @@ pub(super) const PROTOCOL_FEATURES: Protocol = Protocol::MQ
     .union(Protocol::CONFIGURE_MEM_SLOTS)
     .union(Protocol::INFLIGHT_SHMFD)
     .union(Protocol::RESET_DEVICE)
-    .union(Protocol::STATUS);
+    .union(Protocol::STATUS)
+    .union(Protocol::GET_VRING_BASE_INFLIGHT)
+    .union(stop::SKIP_DRAIN);
 
 /// One connection with a VMM.
 ///
@@ -144,7 +149,7 @@ impl Session {
     pub(super) fn drain(&mut self) {
         for index in 0..self.rings.len() {
             if self.rings[index].is_running() {
-                if let Err(error) = self.stop_ring(index) {
+                if let Err(error) = self.stop_ring(index, Stop::Drain) {
                     warn!("{}: {error}", self.name);
                 }
             }
@@ -191,6 +196,7 @@ impl Session {
             return Ok(());
         };
         let inflight = self.inflight_of(index, config.size)?;
+        let kept = inflight.is_some();
         let ring = &mut self.rings[index];
         let copy = |file: &Option<File>| {
             copied(file).map_err(|error| format!("cannot copy one of its descriptors: {error}"))
@@ -225,17 +231,24 @@ impl Session {
             config.base,
             if enabled { "" } else { ", disabled" },
         );
-        ring.running = Some(Running { config, enabled });
+        ring.running = Some(Running {
+            config,
+            enabled,
+            kept,
+        });
         Ok(())
     }
 
-    /// Drains and stops a running ring.
-    fn stop_ring(&mut self, index: usize) -> std::result::Result<u32, String> {
+    /// Stops a running ring.
+    fn stop_ring(&mut self, index: usize, how: Stop) -> std::result::Result<u32, String> {
         let name = &self.name;
         let mut progress = |in_flight: u32| {
             info!("{name}: ring {index}: waiting for {in_flight} requests in flight");
         };
-        let stopped = self.device.stop_ring(index as u16, &mut progress);
+        let stopped = match how {
+            Stop::Drain => self.device.stop_ring(index as u16, &mut progress),
+            Stop::Suspend => self.device.suspend_ring(index as u16, &mut progress),
+        };
         self.rings[index].stopped(stopped.as_ref().ok().copied());
         match stopped {
             Ok(base) => {
@@ -275,7 +288,7 @@ impl Session {
         let mut kicks = Vec::with_capacity(moved.len());
         for &index in &moved {
             let kick = std::mem::take(&mut self.rings[index].kick);
-            let stopped = self.stop_ring(index);
+            let stopped = self.stop_ring(index, Stop::Drain);
             self.rings[index].kick = kick;
             kicks.push(stopped);
         }

@@ -21,9 +21,10 @@ pub(crate) const FEATURES: u64 = 1 << 32 | 1 << 29 | 1 << 28 | 1 << 12 | 1 << 9;
 pub(crate) const BIT_30: u64 = 1 << 30;
 /// LOG_ALL, which the session offers besides.
 pub(crate) const LOG_ALL: u64 = 1 << 26;
-/// MQ, LOG_SHMFD, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS and STATUS.
+/// MQ, LOG_SHMFD, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS,
+/// GET_VRING_BASE_INFLIGHT and GET_VRING_BASE_SKIP_DRAIN.
 pub(crate) const PROTOCOL: u64 =
-    1 | 1 << 1 | 1 << 3 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16;
+    1 | 1 << 1 | 1 << 3 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16 | 1 << 20 | 1 << 23;
 pub(crate) const NEED_REPLY: u32 = 0x8;
 
 /// A call of the session to its device.
@@ -32,6 +33,7 @@ pub(crate) enum Asked {
     Features(u64),
     Start(u16, u32),
     Stop(u16),
+    Suspend(u16),
     Memory(usize),
     Kick(u16, bool),
     Call(u16, bool),
@@ -148,6 +150,12 @@ impl Device for FakeDevice {
         let _gate = self.gate.lock().unwrap();
         progress(self.in_flight.load(Ordering::Relaxed) as u32);
         self.record(Asked::Stop(index));
+        Ok(self.fetched.load(Ordering::Relaxed) as u32)
+    }
+
+    fn suspend_ring(&self, index: u16, progress: &mut dyn FnMut(u32)) -> Result<u32, String> {
+        progress(self.in_flight.load(Ordering::Relaxed) as u32);
+        self.record(Asked::Suspend(index));
         Ok(self.fetched.load(Ordering::Relaxed) as u32)
     }
 

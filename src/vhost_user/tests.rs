@@ -6,6 +6,7 @@ mod log;
 mod memory;
 mod messages;
 mod rings;
+mod stop;
 
 use std::io::{Read, Seek, Write};
 use std::os::fd::AsRawFd;

@@ -19,7 +19,10 @@ fn image(dir: &TempDir) -> (PathBuf, Vec<u8>) {
     let (base, overlay) = (dir.join("base.raw"), dir.join("overlay.qcow2"));
     let contents = Random::new(7).bytes(DISK as usize);
     std::fs::write(&base, &contents).unwrap();
-    qemu_img(&["create", "-q", "-f", "qcow2", "-F", "raw", "-b"], &[&base, &overlay]);
+    qemu_img(
+        &["create", "-q", "-f", "qcow2", "-F", "raw", "-b"],
+        &[&base, &overlay],
+    );
     (overlay, contents)
 }
 
@@ -48,7 +51,10 @@ impl Host {
 
     fn with(program: &Program, image: &Path) -> Self {
         let dir = TempDir::new();
-        let disk = Disk::new(image, "qcow2").queues(2).workers(2).queue_size(512);
+        let disk = Disk::new(image, "qcow2")
+            .queues(2)
+            .workers(2)
+            .queue_size(512);
         let daemon = Daemon::start(program, &disk, dir.path());
         Self { daemon, _dir: dir }
     }
@@ -84,7 +90,10 @@ fn copy_while_running(vm: &mut Vm, source: &Vmm, log: &Log) -> Memory {
 fn take_over(vm: &mut Vm, target: &Vmm, copy: Memory, bases: [u32; 2]) {
     vm.move_to(copy);
     target.client.set_mem_table(&vm.memory).unwrap();
-    target.client.set_inflight_fd(&target.new_inflight()).unwrap();
+    target
+        .client
+        .set_inflight_fd(&target.new_inflight())
+        .unwrap();
     target.start(vm, bases, false).unwrap();
 }
 

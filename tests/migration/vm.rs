@@ -213,7 +213,11 @@ impl Vm {
             let before = self.completed;
             self.collect();
             if self.completed == before {
-                assert!(Instant::now() < deadline, "{} requests hang", self.running());
+                assert!(
+                    Instant::now() < deadline,
+                    "{} requests hang",
+                    self.running()
+                );
                 std::thread::yield_now();
             }
         }
@@ -335,7 +339,7 @@ impl Log {
 pub struct Vmm {
     pub client: Client,
     features: u64,
-    pub protocol: u64,
+    protocol: u64,
 }
 
 impl Vmm {

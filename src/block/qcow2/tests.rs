@@ -11,6 +11,7 @@ use crate::block::sim::{Sim, SimStorage, random};
 use crate::reactor::{Epochs, Io, IoConfig, Sg};
 
 mod bitmaps;
+mod cancelled;
 mod chain;
 mod compressed;
 mod concurrent;

@@ -151,17 +151,8 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
-        let number = index;
-        let index = self.ring_index(index)?;
-        let base = if self.rings[index].is_running() {
-            self.stop_ring(index).map_err(refuse)?
-        } else {
-            // Never started, or stopped already: nothing to drain.
-            let base = self.rings[index].base;
-            self.rings[index].stopped(base);
-            base.unwrap_or(0)
-        };
-        Ok(VhostUserVringState::new(number, base))
+        let base = self.stop_for_base(index, self.usual_stop())?;
+        Ok(VhostUserVringState::new(index, base))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {

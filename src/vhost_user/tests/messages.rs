@@ -17,7 +17,7 @@ fn unknown_messages_are_answered_with_an_error() {
     let mut bench = Bench::negotiated();
     let fd = eventfd();
     // From the protocol but not for us, and from nowhere; with payload, with a descriptor.
-    for request in [19u32, 22, 23, 28, 35, 45, 1000, u32::MAX] {
+    for request in [19u32, 22, 23, 28, 35, 46, 1000, u32::MAX] {
         bench
             .client
             .send_raw(request, 1 | NEED_REPLY, 24, &[0; 24], &[fd.as_raw_fd()]);

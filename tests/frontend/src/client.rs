@@ -1,7 +1,7 @@
 //! A vhost-user front end: one connection to a backend, one method for each message.
 
 use std::io::ErrorKind;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -323,15 +323,56 @@ impl Client {
     /// # Errors
     /// `Protocol` when the answer is for another ring, and those of [`Client::call`].
     pub fn get_vring_base(&self, index: u32) -> Result<u32> {
-        let reply = self.call(request::GET_VRING_BASE, &vring_state(index, 0), &[])?;
+        self.stop_with(request::GET_VRING_BASE, index)
+    }
+
+    /// GET_VRING_BASE_SKIP_DRAIN: stops the ring with what is in flight left in the inflight region.
+    ///
+    /// # Errors
+    /// As [`Client::get_vring_base`].
+    pub fn get_vring_base_skip_drain(&self, index: u32) -> Result<u32> {
+        self.stop_with(request::GET_VRING_BASE_SKIP_DRAIN, index)
+    }
+
+    fn stop_with(&self, request: u32, index: u32) -> Result<u32> {
+        let reply = self.call(request, &vring_state(index, 0), &[])?;
         let value = reply.u64()?;
         if value as u32 != index {
             return Err(Error::Protocol(format!(
-                "GET_VRING_BASE of ring {index} answered for ring {}",
+                "message {request} for ring {index} was answered for ring {}",
                 value as u32
             )));
         }
         Ok((value >> 32) as u32)
+    }
+
+    /// SET_DEVICE_STATE_FD: the backend is to write its state into `fd` (`load` false) or to read it from there.
+    /// The descriptor that the backend would rather use, if it has one.
+    ///
+    /// # Errors
+    /// `Refused`, and those of [`Client::call`].
+    pub fn set_device_state_fd(&self, load: bool, fd: RawFd) -> Result<Option<OwnedFd>> {
+        // The phase is 0: all rings are stopped.
+        let payload = vring_state(u32::from(load), 0);
+        let request = request::SET_DEVICE_STATE_FD;
+        let mut reply = self.call(request, &payload, &[fd])?;
+        match reply.u64()? {
+            value if value & 0xff != 0 => Err(Error::Refused { request, value }),
+            VRING_NOFD => Ok(None),
+            _ => Ok(reply.fds.pop()),
+        }
+    }
+
+    /// CHECK_DEVICE_STATE: whether the state arrived.
+    ///
+    /// # Errors
+    /// `Refused` if it did not, and those of [`Client::call`].
+    pub fn check_device_state(&self) -> Result<()> {
+        let request = request::CHECK_DEVICE_STATE;
+        match self.call_u64(request)? {
+            0 => Ok(()),
+            value => Err(Error::Refused { request, value }),
+        }
     }
 
     fn vring_fd(&self, request: u32, index: u32, fd: Option<RawFd>) -> Result<()> {

@@ -34,6 +34,9 @@ pub mod request {
     pub const REM_MEM_REG: u32 = 38;
     pub const SET_STATUS: u32 = 39;
     pub const GET_STATUS: u32 = 40;
+    pub const SET_DEVICE_STATE_FD: u32 = 42;
+    pub const CHECK_DEVICE_STATE: u32 = 43;
+    pub const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
 }
 
 /// Message ids, back end to front end.
@@ -66,6 +69,9 @@ pub mod protocol_feature {
     pub const INBAND_NOTIFICATIONS: u64 = 1 << 14;
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     pub const STATUS: u64 = 1 << 16;
+    pub const DEVICE_STATE: u64 = 1 << 19;
+    pub const GET_VRING_BASE_INFLIGHT: u64 = 1 << 20;
+    pub const GET_VRING_BASE_SKIP_DRAIN: u64 = 1 << 23;
 
     /// What this front end can speak, and asks for where it is offered.
     pub const USUAL: u64 = MQ
