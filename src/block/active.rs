@@ -7,7 +7,7 @@ use crate::reactor::{Io, Sg};
 
 use super::disk::SECTOR;
 use super::error::{Error, ErrorKind, Result};
-use super::layer::Layer;
+use super::layer::{Layer, requests_ended};
 use super::lock::Role;
 use super::spec::{CacheMode, DiskSpec};
 use super::stack::read_chain;
@@ -233,6 +233,27 @@ impl ActiveDisk {
         self.size
             .store(top.size() / SECTOR * SECTOR, Ordering::SeqCst);
         resized
+    }
+
+    /// Looks whether another program has changed the size of the file or block device whose bytes are the
+    /// disk's, takes the size that it has now, and returns it: whole sectors, 0 if there is none. Requests that
+    /// end beyond a smaller size are refused from then on, and those that began before are waited for. A qcow2
+    /// image is locked, and keeps its size. Not to be called from a request.
+    ///
+    /// # Errors
+    /// The file does not tell its size. Nothing has changed then.
+    pub async fn refresh(&self, io: &Io) -> Result<u64> {
+        let _one = self.resizing.lock().await;
+        let top = &self.layers[0];
+        let outside = top.size_outside()?;
+        let size = outside / SECTOR * SECTOR;
+        if size < self.size() {
+            self.size.store(size, Ordering::SeqCst);
+            requests_ended(io).await;
+        }
+        top.use_size(outside);
+        self.size.store(size, Ordering::SeqCst);
+        Ok(size)
     }
 
     #[inline]

@@ -257,3 +257,35 @@ fn a_file_system_without_direct_io_and_without_fallocate_serves_all_the_same() {
     assert!(io.block_on(storage.allocate(&io, 2 << 20, 65_536)).unwrap());
     drop(storage);
 }
+
+#[test]
+fn a_block_device_that_grows_and_shrinks_is_noticed_while_it_is_in_use() {
+    let Some(device) = Loop::new(512, &pattern(1 << 20, 3)) else {
+        return;
+    };
+    let io = io();
+    let source = Source::File {
+        path: device.device.clone(),
+    };
+    let spec = DiskSpec::new(source, Format::Raw);
+    let disk = io.block_on(Disk::open(&io, spec)).unwrap();
+    let active = io.block_on(disk.activate(&io, 0)).unwrap();
+    for size in [3u64 << 20, 64 << 10, 1 << 20] {
+        let file = device.backing.path().join("disk");
+        let file = std::fs::File::options().write(true).open(file).unwrap();
+        file.set_len(size).unwrap();
+        let told = Command::new("losetup")
+            .arg("-c")
+            .arg(&device.device)
+            .status();
+        assert!(told.unwrap().success());
+        assert_eq!(io.block_on(active.refresh(&io)).unwrap(), size);
+        let mut buf = io.buf(4096);
+        buf.fill(9);
+        io.block_on(async { active.write(&io, size - 4096, buf.sg()).await })
+            .unwrap();
+        let refused = io.block_on(async { active.write(&io, size - 512, buf.sg()).await });
+        assert_eq!(refused.unwrap_err().kind(), ErrorKind::OutOfRange);
+    }
+    io.block_on(active.deactivate(&io)).unwrap();
+}

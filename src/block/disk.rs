@@ -14,6 +14,7 @@ mod tests;
 mod write_tests;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::reactor::Io;
 use crate::shared_memory::SharedPart;
@@ -60,7 +61,8 @@ pub struct Disk {
     spec: DiskSpec,
     keys: Keys,
     links: Vec<Link>,
-    size: u64,
+    /// As it was when somebody looked last.
+    size: AtomicU64,
 }
 
 impl Disk {
@@ -77,13 +79,40 @@ impl Disk {
             spec,
             keys,
             links,
-            size,
+            size: AtomicU64::new(size),
         })
     }
 
-    /// Bytes of the disk, whole sectors.
+    /// Bytes of the disk, whole sectors, as they were when it was opened, activated or refreshed last.
     pub fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Relaxed)
+    }
+
+    /// The disk has changed its size while it was active.
+    pub(crate) fn set_size(&self, size: u64) {
+        self.size.store(size, Ordering::Relaxed);
+    }
+
+    /// Looks what size the disk has now, and returns it. To be called while the disk is not active:
+    /// another process may have resized the image, or put another in its place. Nothing is locked.
+    ///
+    /// # Errors
+    /// As [`Disk::open`]. The size stays what it was then.
+    pub async fn refresh(&self, io: &Io) -> Result<u64> {
+        let size = match self.links.first() {
+            Some(top) if top.is_current() => {
+                let now = top.reread(io, &self.keys).await?;
+                let size = match (now.header, now.key) {
+                    (Some(header), _) => header.size,
+                    (None, Some(key)) => chain::payload_len(&top.storage, &key)?,
+                    (None, None) => top.storage.whole_len(),
+                };
+                rounded(top.storage.path(), size)?
+            }
+            _ => capacity(&chain::open(io, &self.spec, &self.keys).await?)?,
+        };
+        self.set_size(size);
+        Ok(size)
     }
 
     /// True if writes are refused.
@@ -208,7 +237,7 @@ impl Disk {
             let storage = link.storage.clone();
             let layer = match (now.header, now.key) {
                 (None, None) => {
-                    let len = storage.len();
+                    let len = storage.whole_len();
                     Layer::Raw(Raw::new(storage, len))
                 }
                 (None, Some(key)) => {
@@ -242,6 +271,7 @@ impl Disk {
             layers[0].use_journal(io, &layers[1..], journal).await?;
         }
         let size = whole_sectors(&layers[0])?;
+        self.set_size(size);
         let disk = Arc::new(ActiveDisk::new(layers, locks, size, &self.spec));
         disk.fill_ahead_by_tasks();
         Ok(disk)

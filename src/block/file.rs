@@ -119,9 +119,25 @@ impl FileStorage {
         self.file.get()
     }
 
-    pub(super) fn refresh(&self) -> Result<()> {
+    /// Reads the size again.
+    pub(super) fn refresh_len(&self) -> Result<()> {
         let len = probe::size(&self.path, self.file.get())?;
         self.len.store(len, Ordering::Release);
+        Ok(())
+    }
+
+    /// Bytes that a disk can be made of. Past the page cache only whole blocks can be written: in a part of
+    /// a block at its end a write would make the file grow.
+    pub(super) fn whole_len(&self) -> u64 {
+        let len = self.len();
+        match self.device || self.read_only {
+            true => len,
+            false => len - len % self.limits.io_align as u64,
+        }
+    }
+
+    pub(super) fn refresh(&self) -> Result<()> {
+        self.refresh_len()?;
         // Everything is read anew; whoever flushed in vain was told.
         self.lost.store(0, Ordering::Relaxed);
         Ok(())

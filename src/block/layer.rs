@@ -88,6 +88,28 @@ impl Raw {
     }
 }
 
+impl Layer {
+    /// Bytes of the layer's disk as its file has them now, which another program may have changed. The size
+    /// in use stays; a qcow2 image is locked, and its size is ours alone to change.
+    ///
+    /// # Errors
+    /// The file does not tell its size.
+    pub(super) fn size_outside(&self) -> Result<u64> {
+        if let Self::Raw(raw) = self {
+            raw.storage.refresh_len()?;
+            return Ok(raw.storage.whole_len());
+        }
+        Ok(self.size())
+    }
+
+    /// Takes a size that [`Layer::size_outside`] told.
+    pub(super) fn use_size(&self, size: u64) {
+        if let Self::Raw(raw) = self {
+            raw.size.store(size, Ordering::SeqCst);
+        }
+    }
+}
+
 /// Waits until every request has ended that began before the call. Not to be called from a request.
 pub(super) async fn requests_ended(io: &Io) {
     const PAUSE: Duration = Duration::from_micros(100);

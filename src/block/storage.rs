@@ -193,6 +193,20 @@ impl Storage {
             s => s.set_len(io, len).await)
     }
 
+    /// Reads the size again, and nothing else, while requests run: another process may have changed it.
+    pub(super) fn refresh_len(&self) -> Result<()> {
+        each!(self, s => s.refresh_len(), _s => Ok(()), s => s.below().refresh_len(), _s => Ok(()))
+    }
+
+    /// Bytes of it that a disk can be made of: at most [`Storage::len`].
+    pub(super) fn whole_len(&self) -> u64 {
+        each!(self,
+            s => s.whole_len(),
+            s => s.len(),
+            s => s.len().saturating_sub(s.below().len() - s.below().whole_len()),
+            s => s.len())
+    }
+
     /// Reads the size again: another process may have owned the file.
     pub fn refresh(&self) -> Result<()> {
         each!(self, s => s.refresh(), _s => Ok(()), s => s.below().refresh(), _s => Ok(()))

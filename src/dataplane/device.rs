@@ -4,6 +4,8 @@
 //! first ring starts and given back, with everything flushed, when the last one has stopped. A
 //! migration's target may so have it open before the source lets it go.
 
+mod size;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use log::{error, info};
 use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::Dataplane;
 use super::mailbox::{Command, RingFile, RingKey, Start};
@@ -42,12 +45,26 @@ const CONTROL_RING_ENTRIES: u32 = 64;
 pub(super) struct DeviceShared {
     /// For the log.
     pub(super) name: String,
-    pub(super) limits: DeviceLimits,
+    /// But for the capacity, which may change.
+    limits: DeviceLimits,
+    /// Bytes of the disk.
+    capacity_bytes: AtomicU64,
     pub(super) id: DeviceId,
     /// Every write is flushed before it completes.
     pub(super) write_through: AtomicBool,
     /// Failed requests, for the log.
     pub(super) complaints: AtomicU64,
+}
+
+impl DeviceShared {
+    /// What a request is checked against.
+    #[inline]
+    pub(super) fn limits(&self) -> DeviceLimits {
+        DeviceLimits {
+            capacity_bytes: self.capacity_bytes.load(Ordering::Relaxed),
+            ..self.limits
+        }
+    }
 }
 
 /// What the user chose for a device, beside its disk.
@@ -91,6 +108,8 @@ pub struct RingStart {
     pub used_log: Option<u64>,
 }
 
+pub use size::Resized;
+
 /// Why a device can not do what the VMM asked.
 #[derive(Debug, Error)]
 pub enum DeviceError {
@@ -126,6 +145,8 @@ pub struct BlkDevice {
     shared: Arc<DeviceShared>,
     config: Mutex<ConfigState>,
     control: Mutex<Control>,
+    /// Signalled when the guest is to be told of another capacity.
+    changed: Mutex<Option<EventFd>>,
 }
 
 #[derive(Debug)]
@@ -159,6 +180,7 @@ impl BlkDevice {
         let shared = Arc::new(DeviceShared {
             name: settings.name.clone(),
             limits: settings.limits,
+            capacity_bytes: AtomicU64::new(settings.limits.capacity_bytes),
             id: settings.id,
             write_through: AtomicBool::new(settings.force_write_through),
             complaints: AtomicU64::new(0),
@@ -170,6 +192,7 @@ impl BlkDevice {
             shared,
             config: Mutex::new(ConfigState { config, acked: 0 }),
             control: Mutex::new(Control::default()),
+            changed: Mutex::new(None),
             settings,
         }
     }
@@ -244,6 +267,8 @@ impl BlkDevice {
             Some(disk) => disk.clone(),
             None => {
                 let disk = self.take_image(control.journal.clone())?;
+                // It may have been resized since somebody looked last.
+                self.adopt_size(disk.size());
                 control.active = Some(disk.clone());
                 disk
             }

@@ -283,7 +283,7 @@ impl Queue {
             self.complain(&format_args!("descriptor chain {head}: {error}"));
             return 0;
         }
-        match request::parse(chain, &self.device.limits, self.features) {
+        match request::parse(chain, &self.device.limits(), self.features) {
             Outcome::Execute(parsed) => {
                 let status = self.execute(&parsed, chain).await;
                 if status != Status::Ok {
