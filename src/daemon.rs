@@ -108,10 +108,29 @@ impl Stopper {
     }
 }
 
+/// Has every disk look whether its image has another size, as SIGHUP does.
+#[derive(Clone)]
+pub struct Refresher {
+    events: Arc<Vec<EventFd>>,
+}
+
+impl Refresher {
+    /// Asks every disk to look; returns at once.
+    pub fn refresh(&self) {
+        for event in self.events.iter() {
+            if let Err(error) = event.write(1) {
+                // Only a counter that is full refuses, and that one is set.
+                warn!("refresh: {error}");
+            }
+        }
+    }
+}
+
 /// The daemon, with its sockets open.
 pub struct Daemon {
     disks: Vec<Disk>,
     stopper: Stopper,
+    refresher: Refresher,
     // Released last: whoever waits for it finds the sockets gone.
     _pid_file: Option<PidFile>,
 }
@@ -129,6 +148,7 @@ impl Daemon {
         let pid_file = options.pid_file.as_deref().map(PidFile::take).transpose()?;
         let mut disks = Vec::with_capacity(endpoints.len());
         let mut stops = Vec::with_capacity(endpoints.len());
+        let mut refreshes = Vec::with_capacity(endpoints.len());
         for DiskEndpoint {
             name,
             listen,
@@ -141,18 +161,27 @@ impl Daemon {
             };
             let stop = event()?;
             stops.push(stop.try_clone().map_err(system("eventfd"))?);
+            let refresh = event()?;
+            refreshes.push(refresh.try_clone().map_err(system("eventfd"))?);
+            let changed = event()?;
+            device.on_change(changed.try_clone().map_err(system("eventfd"))?);
             disks.push(Disk {
                 name,
                 source,
                 device,
                 once: options.once,
                 stop,
+                refresh,
+                changed,
             });
         }
         Ok(Daemon {
             disks,
             stopper: Stopper {
                 stops: Arc::new(stops),
+            },
+            refresher: Refresher {
+                events: Arc::new(refreshes),
             },
             _pid_file: pid_file,
         })
@@ -163,9 +192,15 @@ impl Daemon {
         self.stopper.clone()
     }
 
+    /// What has this daemon's disks look at their sizes.
+    pub fn refresher(&self) -> Refresher {
+        self.refresher.clone()
+    }
+
     /// Serves the disks until they end by themselves (`once`, or a given connection that is over) or
     /// SIGTERM or SIGINT comes: then the rings are drained, the images flushed and released, and the
     /// socket files and the pid file removed. A second such signal ends the process at once, as failed.
+    /// SIGHUP has the disks look at their sizes.
     ///
     /// # Errors
     /// A system call fails, or the control thread of a disk fails; the other disks are served to their
@@ -174,6 +209,7 @@ impl Daemon {
         let Daemon {
             disks,
             stopper,
+            refresher,
             _pid_file,
         } = self;
         let done = event()?;
@@ -210,7 +246,7 @@ impl Daemon {
             }
         }
 
-        if let Err(error) = threads.watch(&poller, signals, &done, &ended, &stopper) {
+        if let Err(error) = threads.watch(&poller, signals, &done, &ended, (&stopper, &refresher)) {
             // Nobody could end the disks any more.
             stopper.stop();
             threads.reap_all();
@@ -248,7 +284,7 @@ impl Threads {
         signals: &Signals,
         done: &EventFd,
         ended: &Receiver<usize>,
-        stopper: &Stopper,
+        (stopper, refresher): (&Stopper, &Refresher),
     ) -> Result<(), DaemonError> {
         let mut stopping = false;
         while !self.running.is_empty() {
@@ -268,6 +304,10 @@ impl Threads {
                             info!("signal {signal}: draining; a second signal ends at once");
                             stopping = true;
                             stopper.stop();
+                        }
+                        libc::SIGHUP => {
+                            info!("signal {signal}: looking at the sizes of the disks");
+                            refresher.refresh();
                         }
                         _ => info!("signal {signal}: nothing to do"),
                     }

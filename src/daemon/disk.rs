@@ -9,7 +9,7 @@ use log::{error, info, warn};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::poller::{self, Poller};
-use crate::vhost_user::{Connection, Device, Listener, Progress, Source};
+use crate::vhost_user::{Connection, Device, Listener, Progress, Resized, Source};
 
 /// A disk with its socket open.
 pub(super) struct Disk {
@@ -19,11 +19,17 @@ pub(super) struct Disk {
     pub once: bool,
     /// Readable when the disk is to drain and end.
     pub stop: EventFd,
+    /// Readable when the disk is to look whether its image has another size.
+    pub refresh: EventFd,
+    /// Readable when the disk's capacity has changed.
+    pub changed: EventFd,
 }
 
 const TOKEN_STOP: u64 = 0;
 const TOKEN_LISTENER: u64 = 1;
 const TOKEN_CONNECTION: u64 = 2;
+const TOKEN_REFRESH: u64 = 3;
+const TOKEN_CHANGED: u64 = 4;
 
 /// How long nobody is accepted after that failed: an error such as too many open files does not go away
 /// by asking again at once.
@@ -50,6 +56,8 @@ impl Disk {
             paused: false,
         };
         watch.poller.add(&self.stop, poller::IN, TOKEN_STOP)?;
+        watch.poller.add(&self.refresh, poller::IN, TOKEN_REFRESH)?;
+        watch.poller.add(&self.changed, poller::IN, TOKEN_CHANGED)?;
         if let Some(listener) = listener {
             watch.poller.add(listener, poller::IN, TOKEN_LISTENER)?;
             match listener.path() {
@@ -76,6 +84,16 @@ impl Disk {
                 return Ok(());
             }
             watch.resume(ready.is_empty() && !more)?;
+            if ready.contains(&TOKEN_REFRESH) {
+                let _ = self.refresh.read();
+                self.look_at_size();
+            }
+            if ready.contains(&TOKEN_CHANGED) {
+                let _ = self.changed.read();
+                if let Some(connection) = &mut connection {
+                    connection.tell_change();
+                }
+            }
 
             // The one that is here before the one that comes: its end must be seen first, or a VMM that
             // reconnects would be taken for a second one and refused, which QEMU 7.2 does not survive.
@@ -122,6 +140,19 @@ impl Disk {
                     }
                 }
             }
+        }
+    }
+
+    /// Takes the size that somebody else has given the image; the change signals `changed`.
+    fn look_at_size(&self) {
+        match self.device.refresh() {
+            Ok(Resized { old, new }) if old == new => {
+                info!("{}: the size of {old} bytes has not changed", self.name);
+            }
+            Ok(Resized { old, new }) => {
+                info!("{}: the size was {old} bytes and is {new} bytes", self.name);
+            }
+            Err(why) => error!("{}: looking at the size: {why}", self.name),
         }
     }
 

@@ -51,7 +51,7 @@ impl Poller {
         let millis = timeout.map_or(-1, |time| {
             i32::try_from(time.as_millis()).unwrap_or(i32::MAX)
         });
-        let mut events = [Event::new(Events::empty(), 0); 4];
+        let mut events = [Event::new(Events::empty(), 0); 8];
         match epoll::wait(self.0.as_raw_fd(), millis, &mut events) {
             Ok(count) => Ok(events[..count].iter().map(|event| event.data).collect()),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(Vec::new()),

@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use vhost::vhost_user::message::FrontendReq as Req;
 
 use super::*;
+use crate::vhost_user::Device;
 use crate::vhost_user::testing::*;
 
 fn endpoint(path: &Path, device: &Arc<FakeDevice>) -> DiskEndpoint {
@@ -237,7 +238,7 @@ fn sigterm_drains_and_removes_the_files() {
         // The thread has blocked its signals by the time it answers.
         start_ring(&mut client);
         device.calls();
-        // SIGHUP is reserved, and does nothing.
+        // SIGHUP ends nothing.
         // SAFETY: the thread has not been joined.
         unsafe { libc::pthread_kill(thread.as_pthread_t(), libc::SIGHUP) };
         assert_eq!(get(&mut client, Req::GET_QUEUE_NUM), 4);
@@ -423,6 +424,80 @@ fn libblkio_connects_starts_and_leaves_several_times() {
         }
         blkio.unmap_mem_region(&region);
         drop(blkio);
+    }
+    stopper.stop();
+    thread.join().unwrap();
+}
+
+/// Opens the back-end's channel of a client that has negotiated it.
+fn open_channel(client: &Client) -> UnixStream {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let fd = theirs.as_raw_fd();
+    client.send(Req::SET_BACKEND_REQ_FD, 0, &[], &[fd]);
+    ours
+}
+
+/// Waits for a message on the channel, and answers it.
+fn told_of_change(channel: &mut UnixStream) {
+    let mut header = [0; 12];
+    channel.read_exact(&mut header).unwrap();
+    assert_eq!(header[..4], 2u32.to_ne_bytes(), "CONFIG_CHANGE_MSG");
+    let mut answer = [2u32, 5, 8].map(u32::to_ne_bytes).concat();
+    answer.extend([0; 8]);
+    channel.write_all(&answer).unwrap();
+}
+
+#[test]
+fn sighup_has_every_disk_look_at_its_size_and_tells_the_vmm() {
+    if !alone("daemon::tests::sighup_has_every_disk_look_at_its_size_and_tells_the_vmm") {
+        return;
+    }
+    let (one, two) = (place(), place());
+    let (served, idle) = (FakeDevice::new(), FakeDevice::new());
+    let endpoints = vec![endpoint(&one.socket, &served), endpoint(&two.socket, &idle)];
+    let (stopper, thread) = run(endpoints, &Options::default());
+    let mut client = connect(&one.socket);
+    start_ring(&mut client);
+    let mut channel = open_channel(&client);
+    get(&mut client, Req::GET_QUEUE_NUM);
+    for size in [1 << 30, 1 << 20] {
+        for device in [&served, &idle] {
+            *device.size_outside.lock().unwrap() = Some(size);
+        }
+        // SAFETY: the thread exists as long as its handle; the signal is blocked there, and read.
+        unsafe { libc::pthread_kill(thread.as_pthread_t(), libc::SIGHUP) };
+        told_of_change(&mut channel);
+        while idle.capacity() != size {
+            std::thread::yield_now();
+        }
+        assert_eq!(served.capacity(), size);
+    }
+    // One whose image cannot be looked at keeps its size, and goes on.
+    *served.size_outside.lock().unwrap() = None;
+    *idle.size_outside.lock().unwrap() = Some(1 << 40);
+    // SAFETY: as above.
+    unsafe { libc::pthread_kill(thread.as_pthread_t(), libc::SIGHUP) };
+    while idle.capacity() != 1 << 40 {
+        std::thread::yield_now();
+    }
+    assert_eq!(get(&mut client, Req::GET_QUEUE_NUM), 4);
+    assert_eq!(served.capacity(), 1 << 20);
+    stopper.stop();
+    thread.join().unwrap();
+}
+
+#[test]
+fn resize_by_another_thread_is_told_to_the_vmm() {
+    let place = place();
+    let device = FakeDevice::new();
+    let (stopper, thread) = run(vec![endpoint(&place.socket, &device)], &Options::default());
+    let mut client = connect(&place.socket);
+    start_ring(&mut client);
+    let mut channel = open_channel(&client);
+    get(&mut client, Req::GET_QUEUE_NUM);
+    for size in 1..20 {
+        device.resize(size << 20);
+        told_of_change(&mut channel);
     }
     stopper.stop();
     thread.join().unwrap();

@@ -3,7 +3,9 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use super::device::{Device, RingStart};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::device::{Device, Resized, RingStart};
 use crate::dataplane::BlkDevice;
 use crate::shared_memory::SharedPart;
 use crate::virtio::dirty::DirtyLog;
@@ -28,6 +30,18 @@ impl Device for BlkDevice {
 
     fn config(&self, offset: u32, len: u32) -> Result<Vec<u8>, String> {
         BlkDevice::config(self, offset, len).map_err(words)
+    }
+
+    fn capacity(&self) -> u64 {
+        BlkDevice::capacity(self)
+    }
+
+    fn on_change(&self, event: EventFd) {
+        BlkDevice::on_change(self, event);
+    }
+
+    fn refresh(&self) -> Result<Resized, String> {
+        BlkDevice::refresh(self).map_err(words)
     }
 
     fn set_config(&self, offset: u32, data: &[u8]) -> Result<(), String> {

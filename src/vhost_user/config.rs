@@ -19,6 +19,11 @@ pub(super) fn read(device: &dyn Device, offset: u32, len: u32) -> Result<Vec<u8>
     Ok(bytes)
 }
 
+/// Whether a read of `len` bytes at `offset` shows the capacity, which is the first field.
+pub(super) fn has_capacity(offset: u32, len: u32) -> bool {
+    normalized(offset) == 0 && len >= 8
+}
+
 /// Writes to the configuration space.
 pub(super) fn write(device: &dyn Device, offset: u32, data: &[u8]) -> Result<(), String> {
     device.set_config(normalized(offset), data)

@@ -128,6 +128,7 @@ impl Connection {
     /// # Errors
     /// The connection cannot go on; drop it.
     pub fn process(&mut self) -> Result<Progress, ConnectionError> {
+        self.session().take_answers();
         for _ in 0..BATCH {
             let (header, fds) = match peek::peek(&self.sock).map_err(socket_error("recvmsg"))? {
                 Peeked::Incomplete => return Ok(Progress::Idle),
@@ -161,6 +162,11 @@ impl Connection {
         Ok(Progress::More)
     }
 
+    /// Tells the VMM that the disk has another capacity, if it can be told and has not been.
+    pub fn tell_change(&mut self) {
+        self.session().tell_change();
+    }
+
     /// Stops all rings, with everything answered that the guest has asked for.
     pub fn drain(&mut self) {
         self.session().drain();
@@ -189,6 +195,8 @@ impl Connection {
                 self.take(header)?;
                 self.acknowledge(header, Ok(()))
             }
+            // The crate's end of the channel cannot say what we have to say.
+            Ok(FrontendReq::SET_BACKEND_REQ_FD) => self.set_channel(header),
             Ok(request) if is_carried(request) => self.hand_over(header),
             Err(()) if header.request == GET_VRING_BASE_SKIP_DRAIN => self.stop_undrained(header),
             // Known to the protocol and not offered, or unknown.
@@ -316,6 +324,28 @@ impl Connection {
         }
     }
 
+    fn set_channel(&mut self, header: &Header) -> Result<(), ConnectionError> {
+        let (payload, mut fds) =
+            peek::take_with_fds(&self.sock, header).map_err(socket_error("recvmsg"))?;
+        let fd = fds.pop();
+        let result = match fd {
+            _ if !self.session().channel_acked() => {
+                Err("BACKEND_REQ was not negotiated".to_owned())
+            }
+            Some(fd) if fds.is_empty() && payload.is_empty() => self
+                .session()
+                .set_channel(fd)
+                .map_err(|error| error.to_string()),
+            _ => {
+                return Err(ConnectionError::Protocol {
+                    request: header.name(),
+                    source: vhost_user::Error::IncorrectFds,
+                });
+            }
+        };
+        self.acknowledge(header, result)
+    }
+
     fn set_vring_enable(&mut self, header: &Header) -> Result<(), ConnectionError> {
         // A vring state: index, then number, 32 bits each.
         let state = self.take_u64(header)?.to_ne_bytes();
@@ -362,6 +392,7 @@ fn is_carried(request: FrontendReq) -> bool {
             | FrontendReq::SET_STATUS
             | FrontendReq::GET_STATUS
             | FrontendReq::SET_VRING_ENABLE
+            | FrontendReq::SET_BACKEND_REQ_FD
     )
 }
 

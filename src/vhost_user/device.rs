@@ -3,11 +3,13 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::shared_memory::SharedPart;
 use crate::virtio::dirty::DirtyLog;
 use crate::virtio::memory::GuestMemory;
 
-pub use crate::dataplane::device::RingStart;
+pub use crate::dataplane::device::{Resized, RingStart};
 
 /// What a session needs from the device it serves; implemented over the data plane.
 ///
@@ -28,6 +30,16 @@ pub trait Device: Send + Sync {
     /// Reads `len` bytes of the device's configuration space from byte `offset`. An answer that ends
     /// early is padded with zeros by the session: a VMM may know a longer configuration than we do.
     fn config(&self, offset: u32, len: u32) -> Result<Vec<u8>, String>;
+
+    /// The capacity that the configuration space tells, in bytes. It may change at any time.
+    fn capacity(&self) -> u64;
+
+    /// From now on `event` is signalled whenever the capacity has changed.
+    fn on_change(&self, event: EventFd);
+
+    /// Looks whether the image was given another size by somebody else, and takes it; [`Device::capacity`] is
+    /// what it is then.
+    fn refresh(&self) -> Result<Resized, String>;
 
     /// Writes to the device's configuration space at byte `offset`; refuses whatever a driver may not
     /// write.

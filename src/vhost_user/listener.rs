@@ -136,7 +136,7 @@ fn from_fd(fd: OwnedFd) -> Result<Source, ListenError> {
     Ok(Source::Connected(sock))
 }
 
-fn socket_option(fd: RawFd, name: libc::c_int) -> io::Result<libc::c_int> {
+pub(super) fn socket_option(fd: RawFd, name: libc::c_int) -> io::Result<libc::c_int> {
     let mut value: libc::c_int = 0;
     let mut len = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: `value` and `len` describe one writable int.

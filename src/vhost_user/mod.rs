@@ -6,6 +6,7 @@
 //! whatever it sends ends in an error reply or in the end of its connection.
 
 mod blk;
+mod channel;
 mod config;
 mod connection;
 mod device;
@@ -17,7 +18,7 @@ mod session;
 pub mod sigbus;
 
 pub use connection::{Connection, ConnectionError, Progress};
-pub use device::{Device, RingStart};
+pub use device::{Device, Resized, RingStart};
 pub use listener::{Listen, ListenError, Listener, Source, systemd_sockets};
 
 #[cfg(test)]

@@ -16,9 +16,9 @@ use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 pub(super) const HEADER_SIZE: usize = 12;
 
 const FLAG_VERSION_MASK: u32 = 0x3;
-const FLAG_VERSION: u32 = 0x1;
-const FLAG_REPLY: u32 = 0x4;
-const FLAG_NEED_REPLY: u32 = 0x8;
+pub(super) const FLAG_VERSION: u32 = 0x1;
+pub(super) const FLAG_REPLY: u32 = 0x4;
+pub(super) const FLAG_NEED_REPLY: u32 = 0x8;
 
 /// The most descriptors that the kernel passes in one message (`SCM_MAX_FD`).
 const MAX_FDS: usize = 253;
@@ -119,9 +119,20 @@ struct Control([MaybeUninit<u8>; 1040]);
 // 16 bytes of `cmsghdr`, then the descriptors.
 const _: () = assert!(size_of::<Control>() >= 16 + MAX_FDS * size_of::<RawFd>());
 
-/// Peeks at most `bytes.len()` bytes: how many came, with how many descriptors, and whether some of
-/// those were lost; `None` if there is nothing to see yet.
-fn peek_bytes(sock: &UnixStream, bytes: &mut [u8]) -> io::Result<Option<(usize, usize, bool)>> {
+/// What one `recvmsg` brought.
+struct Received {
+    len: usize,
+    /// Descriptors were lost.
+    truncated: bool,
+}
+
+/// Receives at most `bytes.len()` bytes, and descriptors, without waiting; `None` if nothing is there.
+fn receive(
+    sock: &UnixStream,
+    bytes: &mut [u8],
+    flags: libc::c_int,
+    fds: &mut Vec<OwnedFd>,
+) -> io::Result<Option<Received>> {
     let mut control = Control([MaybeUninit::uninit(); 1040]);
     let mut iov = libc::iovec {
         iov_base: bytes.as_mut_ptr().cast(),
@@ -133,7 +144,7 @@ fn peek_bytes(sock: &UnixStream, bytes: &mut [u8]) -> io::Result<Option<(usize, 
     msg.msg_iovlen = 1;
     msg.msg_control = control.0.as_mut_ptr().cast();
     msg.msg_controllen = size_of::<Control>();
-    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    let flags = flags | libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
     let len = loop {
         // SAFETY: `msg` points to `iov` over `bytes` and to `control`, all alive and writable.
         let len = unsafe { libc::recvmsg(sock.as_raw_fd(), &mut msg, flags) };
@@ -144,12 +155,9 @@ fn peek_bytes(sock: &UnixStream, bytes: &mut [u8]) -> io::Result<Option<(usize, 
         match error.kind() {
             io::ErrorKind::Interrupted => {}
             io::ErrorKind::WouldBlock => return Ok(None),
-            // A peer that dies with our replies unread resets the connection.
-            io::ErrorKind::ConnectionReset => return Ok(Some((0, 0, false))),
             _ => return Err(error),
         }
     };
-    let mut fds = 0;
     // SAFETY: the kernel has filled `control` up to `msg_controllen`; the CMSG macros stay within it.
     unsafe {
         let mut cmsg = libc::CMSG_FIRSTHDR(&msg);
@@ -158,15 +166,30 @@ fn peek_bytes(sock: &UnixStream, bytes: &mut [u8]) -> io::Result<Option<(usize, 
                 let data = libc::CMSG_DATA(cmsg).cast::<RawFd>();
                 let count = ((*cmsg).cmsg_len - libc::CMSG_LEN(0) as usize) / size_of::<RawFd>();
                 for i in 0..count {
-                    // Peeking makes descriptors of its own, each to be closed once.
-                    drop(OwnedFd::from_raw_fd(data.add(i).read_unaligned()));
+                    fds.push(OwnedFd::from_raw_fd(data.add(i).read_unaligned()));
                 }
-                fds += count;
             }
             cmsg = libc::CMSG_NXTHDR(&msg, cmsg);
         }
     }
-    Ok(Some((len, fds, msg.msg_flags & libc::MSG_CTRUNC != 0)))
+    Ok(Some(Received {
+        len,
+        truncated: msg.msg_flags & libc::MSG_CTRUNC != 0,
+    }))
+}
+
+/// Peeks at most `bytes.len()` bytes: how many came, with how many descriptors, and whether some of
+/// those were lost; `None` if there is nothing to see yet.
+fn peek_bytes(sock: &UnixStream, bytes: &mut [u8]) -> io::Result<Option<(usize, usize, bool)>> {
+    // Peeking makes descriptors of its own, to be closed.
+    let mut fds = Vec::new();
+    match receive(sock, bytes, libc::MSG_PEEK, &mut fds) {
+        Ok(Some(received)) => Ok(Some((received.len, fds.len(), received.truncated))),
+        Ok(None) => Ok(None),
+        // A peer that dies with our replies unread resets the connection.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(Some((0, 0, false))),
+        Err(error) => Err(error),
+    }
 }
 
 /// Bytes waiting in the socket's queue, over all messages.
@@ -209,6 +232,24 @@ pub(super) fn take(mut sock: &UnixStream, header: &Header) -> io::Result<Vec<u8>
     let mut message = vec![0u8; HEADER_SIZE + header.size as usize];
     io::Read::read_exact(&mut sock, &mut message)?;
     Ok(message.split_off(HEADER_SIZE))
+}
+
+/// As [`take`], with the descriptors that came with the message.
+pub(super) fn take_with_fds(
+    sock: &UnixStream,
+    header: &Header,
+) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
+    let mut message = vec![0u8; HEADER_SIZE + header.size as usize];
+    let mut fds = Vec::new();
+    let mut done = 0;
+    while done < message.len() {
+        match receive(sock, &mut message[done..], 0, &mut fds)? {
+            Some(Received { len, .. }) if len > 0 => done += len,
+            // It was all there when it was looked at.
+            _ => return Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+    Ok((message.split_off(HEADER_SIZE), fds))
 }
 
 /// Answers `header` with a 64-bit payload.

@@ -3,6 +3,7 @@
 mod inflight;
 mod log;
 mod messages;
+mod notices;
 mod stop;
 
 use std::fs::File;
@@ -40,6 +41,7 @@ const STATUS_FEATURES_OK: u8 = 8;
 pub(super) const PROTOCOL_FEATURES: Protocol = Protocol::MQ
     .union(Protocol::LOG_SHMFD)
     .union(Protocol::REPLY_ACK)
+    .union(Protocol::BACKEND_REQ)
     .union(Protocol::CONFIG)
     .union(Protocol::CONFIGURE_MEM_SLOTS)
     .union(Protocol::INFLIGHT_SHMFD)
@@ -66,6 +68,7 @@ pub(super) struct Session {
     status: u8,
     inflight: Option<inflight::Region>,
     log: log::Log,
+    notices: notices::Notices,
 }
 
 fn refuse(why: impl Into<String>) -> Error {
@@ -92,6 +95,7 @@ impl Session {
             status: 0,
             inflight: None,
             log: log::Log::default(),
+            notices: notices::Notices::default(),
         }
     }
 
@@ -236,6 +240,7 @@ impl Session {
             enabled,
             kept,
         });
+        self.tell_at_start();
         Ok(())
     }
 

@@ -11,7 +11,7 @@ use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use super::{Connection, ConnectionError, Device, Progress, RingStart};
+use super::{Connection, ConnectionError, Device, Progress, Resized, RingStart};
 use crate::shared_memory::SharedPart;
 use crate::virtio::dirty::DirtyLog;
 use crate::virtio::memory::GuestMemory;
@@ -21,10 +21,19 @@ pub(crate) const FEATURES: u64 = 1 << 32 | 1 << 29 | 1 << 28 | 1 << 12 | 1 << 9;
 pub(crate) const BIT_30: u64 = 1 << 30;
 /// LOG_ALL, which the session offers besides.
 pub(crate) const LOG_ALL: u64 = 1 << 26;
-/// MQ, LOG_SHMFD, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS,
+/// MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS,
 /// GET_VRING_BASE_INFLIGHT and GET_VRING_BASE_SKIP_DRAIN.
-pub(crate) const PROTOCOL: u64 =
-    1 | 1 << 1 | 1 << 3 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16 | 1 << 20 | 1 << 23;
+pub(crate) const PROTOCOL: u64 = 1
+    | 1 << 1
+    | 1 << 3
+    | 1 << 5
+    | 1 << 9
+    | 1 << 12
+    | 1 << 13
+    | 1 << 15
+    | 1 << 16
+    | 1 << 20
+    | 1 << 23;
 pub(crate) const NEED_REPLY: u32 = 0x8;
 
 /// A call of the session to its device.
@@ -61,6 +70,11 @@ pub(crate) struct FakeDevice {
     pub(crate) in_flight: AtomicU64,
     /// A running ring has fetched so many requests when it stops.
     pub(crate) fetched: AtomicU64,
+    /// The capacity, in bytes.
+    pub(crate) size: AtomicU64,
+    /// The capacity that `refresh` finds; `None`: it fails.
+    pub(crate) size_outside: Mutex<Option<u64>>,
+    changed: Mutex<Option<EventFd>>,
     /// Held by a test to keep `stop_ring` and `reset` from ending.
     pub(crate) gate: Mutex<()>,
 }
@@ -90,6 +104,14 @@ impl FakeDevice {
         self.log.lock().unwrap().clone()
     }
 
+    /// The disk has another size.
+    pub(crate) fn resize(&self, size: u64) {
+        self.size.store(size, Ordering::Relaxed);
+        if let Some(event) = &*self.changed.lock().unwrap() {
+            event.write(1).unwrap();
+        }
+    }
+
     fn record(&self, call: Asked) {
         self.calls.lock().unwrap().push(call);
     }
@@ -115,6 +137,24 @@ impl Device for FakeDevice {
         // A configuration of 60 bytes, each its own offset.
         let end = (offset + len).min(60);
         Ok((offset..end).map(|byte| byte as u8).collect())
+    }
+
+    fn capacity(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    fn on_change(&self, event: EventFd) {
+        *self.changed.lock().unwrap() = Some(event);
+    }
+
+    fn refresh(&self) -> Result<Resized, String> {
+        let old = self.capacity();
+        let outside = *self.size_outside.lock().unwrap();
+        let new = outside.ok_or("the file is gone")?;
+        if old != new {
+            self.resize(new);
+        }
+        Ok(Resized { old, new })
     }
 
     fn set_config(&self, offset: u32, data: &[u8]) -> Result<(), String> {

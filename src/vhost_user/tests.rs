@@ -1,5 +1,6 @@
 //! The session from the VMM's side: each test is a case that broke some back-end.
 
+mod channel;
 mod device;
 mod inflight;
 mod log;

@@ -225,11 +225,17 @@ impl VhostUserBackendReqHandlerMut for Session {
         size: u32,
         _flags: VhostUserConfigFlags,
     ) -> Result<Vec<u8>> {
-        config::read(&*self.device, offset, size).map_err(|why| {
+        // Asked first: if it changes meanwhile, the VMM is told once too often.
+        let capacity = self.device.capacity();
+        let bytes = config::read(&*self.device, offset, size).map_err(|why| {
             // The VMM gets an empty answer and says no more than that.
             warn!("{}: GET_CONFIG: {why}", self.name);
             refuse(why)
-        })
+        })?;
+        if config::has_capacity(offset, size) {
+            self.config_is_read(capacity);
+        }
+        Ok(bytes)
     }
 
     fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {

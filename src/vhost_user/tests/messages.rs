@@ -42,7 +42,6 @@ fn messages_without_their_feature_end_the_connection_or_are_refused() {
         (Req::SET_INFLIGHT_FD, &inflight, vec![fd.as_raw_fd()]),
         (Req::SET_LOG_BASE, &log, vec![fd.as_raw_fd()]),
         (Req::GET_SHMEM_CONFIG, &vec![], vec![]),
-        (Req::SET_BACKEND_REQ_FD, &vec![], vec![fd.as_raw_fd()]),
     ] {
         let mut bench = Bench::negotiated();
         let few = words(&[PROTOCOL & (1 | 1 << 3)]);
