@@ -296,7 +296,12 @@ impl Connection {
     }
 
     fn get_status(&mut self, header: &Header) -> Result<(), ConnectionError> {
-        self.take(header)?;
+        if !self.take(header)?.is_empty() {
+            return Err(ConnectionError::Protocol {
+                request: header.name(),
+                source: vhost_user::Error::InvalidMessage,
+            });
+        }
         let (acked, status) = {
             let session = self.session();
             (session.status_acked(), session.status())

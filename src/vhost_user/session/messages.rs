@@ -39,7 +39,11 @@ impl VhostUserBackendReqHandlerMut for Session {
             ring.reset();
         }
         self.status = 0;
+        // The driver negotiates anew (virtio 1.2, section 2.4); bit 30 is the VMM's, and stays as the connection
+        // does.
+        self.features &= F_PROTOCOL_FEATURES;
         self.features_refused = false;
+        self.device.set_acked_features(0);
         Ok(())
     }
 

@@ -104,7 +104,76 @@ fn status_is_kept_and_zero_resets() {
     bench.device.calls();
     bench.set(Req::SET_STATUS, &words(&[0]), &[]);
     assert_eq!(bench.get(Req::GET_STATUS), 0);
-    assert_eq!(bench.device.calls(), [Asked::Reset]);
+    assert_eq!(bench.device.calls(), [Asked::Reset, Asked::Features(0)]);
+}
+
+#[test]
+fn status_begins_at_zero_and_goes_back_there_by_either_reset() {
+    let mut bench = Bench::negotiated();
+    assert_eq!(bench.get(Req::GET_STATUS), 0);
+    for reset in [Req::RESET_DEVICE, Req::SET_STATUS] {
+        let payload = if reset == Req::SET_STATUS {
+            words(&[0])
+        } else {
+            Vec::new()
+        };
+        assert!(!bench.try_set(Req::SET_FEATURES, &words(&[1 << 34]), &[]));
+        bench.set(Req::SET_STATUS, &words(&[0xb]), &[]);
+        assert_eq!(bench.get(Req::GET_STATUS), 3);
+        bench.set(reset, &payload, &[]);
+        assert_eq!(bench.get(Req::GET_STATUS), 0);
+        // The refusal is forgotten with the rest.
+        bench.set(Req::SET_STATUS, &words(&[0xb]), &[]);
+        assert_eq!(bench.get(Req::GET_STATUS), 0xb);
+        // DRIVER_OK, DEVICE_NEEDS_RESET and FAILED are the VMM's to set, and are kept.
+        bench.set(Req::SET_STATUS, &words(&[0xcf]), &[]);
+        assert_eq!(bench.get(Req::GET_STATUS), 0xcf);
+    }
+}
+
+#[test]
+fn status_is_no_payload_of_a_get_and_64_bits_of_a_set() {
+    for (request, len) in [
+        (Req::GET_STATUS, 8),
+        (Req::SET_STATUS, 0),
+        (Req::SET_STATUS, 1),
+        (Req::SET_STATUS, 16),
+    ] {
+        let mut bench = Bench::negotiated();
+        bench.client.send(request, NEED_REPLY, &vec![0; len], &[]);
+        let ended = bench.run();
+        assert!(
+            matches!(ended, Err(ConnectionError::Protocol { .. })),
+            "{request:?} of {len} bytes: {ended:?}"
+        );
+    }
+}
+
+#[test]
+fn features_are_negotiated_anew_after_a_reset_and_bit_30_stays() {
+    let mut bench = Bench::negotiated();
+    bench.share_memory();
+    bench.start_ring(0, 0);
+    bench.start_ring(1, 0);
+    let start = bench.device.starts().pop().unwrap();
+    assert_eq!(start.features, FEATURES);
+    bench.device.calls();
+    bench.set(Req::RESET_DEVICE, &[], &[]);
+    assert_eq!(bench.device.calls(), [Asked::Reset, Asked::Features(0)]);
+    // Other features than before: nothing runs that would stand in the way.
+    let few = 1 << 32;
+    bench.set(Req::SET_FEATURES, &words(&[few | BIT_30]), &[]);
+    bench.start_ring(0, 0);
+    let start = bench.device.starts().pop().unwrap();
+    assert_eq!(start.features, few);
+    assert!(!start.config.event_idx && !start.config.indirect);
+    // A ring that starts before anything was negotiated has no features, and waits to be enabled: bit 30 and
+    // the protocol features belong to the connection.
+    bench.set(Req::RESET_DEVICE, &[], &[]);
+    bench.start_ring(0, 0);
+    let start = bench.device.starts().pop().unwrap();
+    assert_eq!(start.features, 0);
+    assert!(!start.enabled);
 }
 
 #[test]
@@ -125,7 +194,7 @@ fn device_reset_begins_anew_on_the_same_connection() {
     bench.start_ring(1, 3);
     bench.device.calls();
     bench.set(Req::RESET_DEVICE, &[], &[]);
-    assert_eq!(bench.device.calls(), [Asked::Reset]);
+    assert_eq!(bench.device.calls(), [Asked::Reset, Asked::Features(0)]);
     // Nothing of the old ring is left but its call and error descriptors, which QEMU sets once.
     bench.set(Req::SET_VRING_KICK, &words(&[NOFD]), &[]);
     assert!(bench.device.calls().is_empty());
