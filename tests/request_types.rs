@@ -279,7 +279,7 @@ fn write_zeroes_without_unmap_reads_zero() {
 fn unknown_request_types_are_unsupported() {
     let rig = Rig::raw(MIB);
     let mut device = rig.device();
-    let types = [2, 3, 6, 7, 9, 12, 15, 16, 17, 99, 0x7fff_ffff];
+    let types = [2, 3, 6, 7, 9, 10, 12, 14, 15, 16, 17, 99, 0x7fff_ffff];
     for request_type in types {
         for (out, in_len) in [(&[][..], 0), (&[0u8; 512][..], 0), (&[][..], 512)] {
             let op = Op::Raw {

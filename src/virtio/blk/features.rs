@@ -101,6 +101,12 @@ mod tests {
     }
 
     #[test]
+    fn lifetime_and_secure_erase_are_never_offered() {
+        let bits = 1 << 15 | 1 << 16;
+        assert_eq!(offered(&limits()) & bits, 0);
+    }
+
+    #[test]
     fn flush_is_offered_wherever_config_wce_is() {
         for read_only in [false, true] {
             let features = offered(&DeviceLimits {

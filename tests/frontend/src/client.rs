@@ -550,13 +550,35 @@ impl BackendChannel {
     /// # Errors
     /// `TimedOut`, `Closed`, `Protocol`.
     pub fn recv(&self, timeout: Duration) -> Result<Message> {
+        let message = self.recv_only(timeout)?;
+        self.answer(&message, 0)?;
+        Ok(message)
+    }
+
+    /// Waits for one request.
+    ///
+    /// # Errors
+    /// `TimedOut`, `Closed`, `Protocol`.
+    pub fn recv_only(&self, timeout: Duration) -> Result<Message> {
         self.wire.stream.set_read_timeout(Some(timeout))?;
-        let message = self.wire.recv()?;
+        self.wire.recv()
+    }
+
+    /// Acknowledges a request with `value`, if that was asked for.
+    ///
+    /// # Errors
+    /// Those of sendmsg(2).
+    pub fn answer(&self, message: &Message, value: u64) -> Result<()> {
         if message.flags & flag::NEED_REPLY != 0 {
             let mut reply = header(message.request, flag::VERSION | flag::REPLY, 8).to_vec();
-            reply.extend_from_slice(&0u64.to_le_bytes());
+            reply.extend_from_slice(&value.to_le_bytes());
             self.wire.send(&reply, &[])?;
         }
-        Ok(message)
+        Ok(())
+    }
+
+    /// The raw socket.
+    pub fn stream(&self) -> &UnixStream {
+        &self.wire.stream
     }
 }

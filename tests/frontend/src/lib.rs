@@ -12,6 +12,7 @@
 pub mod blk;
 pub mod blk_queue;
 pub mod client;
+pub mod config_watch;
 pub mod daemon;
 pub mod device;
 mod error;
@@ -26,6 +27,7 @@ pub mod sys;
 pub use blk::Segment;
 pub use blk_queue::{BlkQueue, Completion, Op, SlotOptions};
 pub use client::Client;
+pub use config_watch::ConfigWatch;
 pub use daemon::{Daemon, Disk, Program};
 pub use device::{Device, DeviceOptions};
 pub use error::{Error, Result};
