@@ -17,6 +17,7 @@
 //! | [`block`] | the storage stack: files, null, qcow2; knows nothing of virtio |
 //! | [`reactor`] | io_uring, the local executor, buffers, epochs: what `block` and `dataplane` run on |
 //! | [`shared_memory`] | memory that the VMM keeps for us: the inflight region, the dirty log |
+//! | [`mappings`] | what of that, and of guest memory, has lost its pages |
 //!
 //! `virtio` and `block` do not know each other; `dataplane` joins them.
 //! `docs/architecture.md` tells the whole story.
@@ -28,6 +29,7 @@ pub mod config;
 pub mod daemon;
 pub mod dataplane;
 mod kill_point;
+pub mod mappings;
 pub mod reactor;
 pub mod shared_memory;
 mod sync;

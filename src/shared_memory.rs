@@ -16,10 +16,17 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64};
 
+use crate::mappings::{Watch, page_size_of};
+
 /// A shared mapping of a file. It stays mapped until this is dropped.
 #[derive(Debug)]
 pub struct SharedMemory {
+    watch: Option<Watch>,
+    /// Where whole pages are mapped, and how many bytes of them.
     start: NonNull<u8>,
+    all: usize,
+    /// Bytes of them before those that were asked for.
+    skip: usize,
     len: usize,
     file: File,
     offset: u64,
@@ -30,13 +37,6 @@ pub struct SharedMemory {
 unsafe impl Send for SharedMemory {}
 // SAFETY: as above.
 unsafe impl Sync for SharedMemory {}
-
-/// Offsets into files are mapped in multiples of this.
-fn page_size() -> u64 {
-    // SAFETY: sysconf has no memory arguments.
-    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    u64::try_from(size).unwrap_or(4096).max(1)
-}
 
 impl SharedMemory {
     /// Makes `len` bytes of zeros in a file without a name in the file system, sealed so that nobody can take
@@ -77,9 +77,13 @@ impl SharedMemory {
                 "{len} bytes at {offset:#x} of a file that has only {size}"
             )));
         }
-        let skip = offset % page_size();
+        // On hugetlbfs both ends are those of huge pages, or `munmap` would refuse.
+        let page = page_size_of(&file)?;
+        let skip = offset % page;
         let too_long = || invalid(format!("{len} bytes are more than can be mapped"));
-        let all = usize::try_from(skip + len).map_err(|_| too_long())?;
+        let all = (skip + len).checked_next_multiple_of(page);
+        let all = all.and_then(|all| usize::try_from(all).ok());
+        let all = all.ok_or_else(too_long)?;
         let from = i64::try_from(offset - skip).map_err(|_| too_long())?;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping, at an address of the kernel's choice.
@@ -96,15 +100,25 @@ impl SharedMemory {
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let start = start.cast::<u8>().wrapping_add(skip as usize);
-        let start = NonNull::new(start).ok_or_else(too_long)?;
-        let len = all - skip as usize;
-        Ok(Arc::new(Self {
+        let start = NonNull::new(start.cast::<u8>()).ok_or_else(too_long)?;
+        let mut memory = Self {
+            watch: None,
             start,
-            len,
+            all,
+            skip: skip as usize,
+            len: len as usize,
             file,
             offset,
-        }))
+        };
+        let watch = Watch::new(start.as_ptr(), all, page).map_err(io::Error::other)?;
+        memory.watch = Some(watch);
+        Ok(Arc::new(memory))
+    }
+
+    /// Whether it has lost its pages ([`crate::mappings`]): somebody shortened the file. What was stored since may
+    /// have gone nowhere.
+    pub fn is_lost(&self) -> bool {
+        self.watch.as_ref().is_some_and(Watch::is_lost)
     }
 
     /// Bytes that are mapped.
@@ -140,11 +154,11 @@ impl SharedMemory {
 
 impl Drop for SharedMemory {
     fn drop(&mut self) {
-        let skip = self.offset % page_size();
-        let start = self.start.as_ptr().wrapping_sub(skip as usize);
+        // Nobody is to find what is mapped at this address next under our name.
+        self.watch = None;
         // SAFETY: the mapping made in `map`, with the length it was made with; whoever looks at it holds an
         // `Arc` of this.
-        unsafe { libc::munmap(start.cast(), self.len + skip as usize) };
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.all) };
     }
 }
 
@@ -181,6 +195,11 @@ impl SharedPart {
         self.len == 0
     }
 
+    /// See [`SharedMemory::is_lost`].
+    pub fn is_lost(&self) -> bool {
+        self.memory.is_lost()
+    }
+
     /// A part of this part; none if it is not inside.
     pub fn part(&self, at: usize, len: usize) -> Option<SharedPart> {
         let end = at.checked_add(len)?;
@@ -198,7 +217,8 @@ impl SharedPart {
         if end > self.len {
             return None;
         }
-        let start = self.memory.start.as_ptr().wrapping_add(self.at + at);
+        let start = self.memory.start.as_ptr();
+        let start = start.wrapping_add(self.memory.skip + self.at + at);
         let start = start.cast::<T>();
         if !start.is_aligned() {
             return None;

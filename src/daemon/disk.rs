@@ -9,6 +9,7 @@ use log::{error, info, warn};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::poller::{self, Poller};
+use crate::mappings;
 use crate::vhost_user::{Connection, Device, Listener, Progress, Resized, Source};
 
 /// A disk with its socket open.
@@ -30,6 +31,8 @@ const TOKEN_LISTENER: u64 = 1;
 const TOKEN_CONNECTION: u64 = 2;
 const TOKEN_REFRESH: u64 = 3;
 const TOKEN_CHANGED: u64 = 4;
+/// Some VM's memory was lost; the connection says whether it was its own.
+const TOKEN_LOSS: u64 = 5;
 
 /// How long nobody is accepted after that failed: an error such as too many open files does not go away
 /// by asking again at once.
@@ -58,6 +61,8 @@ impl Disk {
         watch.poller.add(&self.stop, poller::IN, TOKEN_STOP)?;
         watch.poller.add(&self.refresh, poller::IN, TOKEN_REFRESH)?;
         watch.poller.add(&self.changed, poller::IN, TOKEN_CHANGED)?;
+        let loss = mappings::loss_event()?;
+        watch.poller.add(loss, poller::EDGE, TOKEN_LOSS)?;
         if let Some(listener) = listener {
             watch.poller.add(listener, poller::IN, TOKEN_LISTENER)?;
             match listener.path() {

@@ -10,6 +10,9 @@ use epoll::{ControlOptions, Event};
 /// Readable, for as long as it is.
 pub(super) const IN: Events = Events::EPOLLIN;
 
+/// Becomes readable, once a time.
+pub(super) const EDGE: Events = Events::EPOLLIN.union(Events::EPOLLET);
+
 /// Whatever changes on a connection, once a change.
 pub(super) const CONNECTION: Events = Events::EPOLLIN
     .union(Events::EPOLLOUT)

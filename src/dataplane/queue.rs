@@ -23,6 +23,7 @@ use super::mailbox::{RingFile, RingKey, Start};
 use super::stats::RingStats;
 use crate::block::{self, ActiveDisk};
 use crate::kill_point::kill_point;
+use crate::mappings;
 use crate::reactor::{Io, IoFile, Sg, TaskId};
 use crate::virtio::blk::request::{self, Command, Outcome, Parsed, Reply, Status};
 use crate::virtio::dirty::DirtyLog;
@@ -52,6 +53,8 @@ pub(super) struct Queue {
     in_flight: Cell<u32>,
     enabled: Cell<bool>,
     broken: Cell<bool>,
+    /// Guest memory of a request or of the ring was lost: nothing is executed or published any more.
+    lost: Cell<bool>,
     stopping: RefCell<Option<SyncSender<Option<u32>>>>,
     /// What is under way is given up.
     suspended: Cell<bool>,
@@ -101,6 +104,7 @@ impl Queue {
             in_flight: Cell::new(0),
             enabled: Cell::new(start.enabled),
             broken: Cell::new(false),
+            lost: Cell::new(false),
             stopping: RefCell::new(None),
             suspended: Cell::new(false),
             marks: Marks::new(start.log, start.used_log, &start.config),
@@ -284,6 +288,8 @@ impl Queue {
             return 0;
         }
         match request::parse(chain, &self.device.limits(), self.features) {
+            // What was parsed may be zeros in place of the driver's words.
+            Outcome::Execute(_) if self.lost(memory) => 0,
             Outcome::Execute(parsed) => {
                 let status = self.execute(&parsed, chain).await;
                 if status != Status::Ok {
@@ -370,6 +376,27 @@ impl Queue {
         }
     }
 
+    /// Whether this memory was lost ([`mappings`]): the ring is broken then, for good.
+    #[inline]
+    fn lost(&self, memory: &GuestMemory) -> bool {
+        mappings::any_lost() && self.notice_loss(memory)
+    }
+
+    #[cold]
+    fn notice_loss(&self, memory: &GuestMemory) -> bool {
+        if !self.lost.get() && memory.lost().is_some() {
+            self.lost.set(true);
+            self.break_ring(&"the VM's memory has lost its pages");
+        }
+        self.lost.get()
+    }
+
+    /// Ends a request without a word to the driver.
+    #[cold]
+    fn forget(&self) {
+        self.count_in_flight(self.in_flight.get() - 1);
+    }
+
     #[inline]
     fn finish(&self, head: u16, written: u32) {
         kill_point!("executed");
@@ -384,6 +411,10 @@ impl Queue {
     pub(super) fn publish(&self) -> bool {
         let mut ring = self.ring.borrow_mut();
         let anything = ring.has_unpublished();
+        // The used ring itself may be what was lost.
+        if anything && self.lost(&self.memory.borrow().0) {
+            return false;
+        }
         let old = ring.shown();
         let wanted = ring.publish();
         let new = ring.shown();
@@ -548,7 +579,11 @@ async fn serve(queue: Rc<Queue>, slot: Rc<Slot>, head: u16) {
         let memory = queue.memory.borrow().clone();
         let written = queue.run(&memory.0, head, &mut chain).await;
         slot.busy.set(false);
-        queue.finish(head, written);
+        if queue.lost(&memory.0) {
+            queue.forget();
+        } else {
+            queue.finish(head, written);
+        }
     }
 }
 

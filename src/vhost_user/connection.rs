@@ -71,6 +71,16 @@ pub enum ConnectionError {
         /// The reason in words.
         why: String,
     },
+    /// Memory that the VMM shares with us has lost its pages.
+    #[error(
+        "{what} has lost its pages: the VMM truncated the file behind it, or no huge pages are left. Nothing \
+         that touched it was completed; what the guest was told is done is on the disk. Restart the VM, with \
+         enough (huge) pages reserved for it"
+    )]
+    MemoryLost {
+        /// Which memory.
+        what: String,
+    },
     /// A message that breaks the protocol.
     #[error("{request} breaks the protocol: {source}")]
     Protocol {
@@ -123,13 +133,15 @@ impl Connection {
     }
 
     /// Handles what has come, without waiting for more. To be called again after an edge-triggered
-    /// event (readable, writable or hang-up) on the socket, or at once after [`Progress::More`].
+    /// event (readable, writable or hang-up) on the socket, after one of [`crate::mappings::loss_event`], or at
+    /// once after [`Progress::More`].
     ///
     /// # Errors
     /// The connection cannot go on; drop it.
     pub fn process(&mut self) -> Result<Progress, ConnectionError> {
         self.session().take_answers();
         for _ in 0..BATCH {
+            self.check_memory()?;
             let (header, fds) = match peek::peek(&self.sock).map_err(socket_error("recvmsg"))? {
                 Peeked::Incomplete => return Ok(Progress::Idle),
                 Peeked::Closed => return Ok(Progress::Closed),
@@ -165,6 +177,16 @@ impl Connection {
     /// Tells the VMM that the disk has another capacity, if it can be told and has not been.
     pub fn tell_change(&mut self) {
         self.session().tell_change();
+    }
+
+    /// Lost memory ends the connection: no VM goes on without it.
+    fn check_memory(&self) -> Result<(), ConnectionError> {
+        let session = self.session();
+        let Some(what) = session.lost_memory() else {
+            return Ok(());
+        };
+        session.signal_errors();
+        Err(ConnectionError::MemoryLost { what })
     }
 
     /// Stops all rings, with everything answered that the guest has asked for.

@@ -16,6 +16,7 @@ use vhost::vhost_user::{Error, Result, VhostUserBackendReqHandlerMut, VhostUserV
 
 use super::device::{Device, RingStart};
 use super::rings::{Kick, Ring, Running, signal_error};
+use crate::mappings;
 use crate::virtio::memory::GuestMemory;
 pub(super) use stop::GET_VRING_BASE_SKIP_DRAIN;
 use stop::Stop;
@@ -160,6 +161,24 @@ impl Session {
         }
     }
 
+    /// What was lost of the memory that is shared with the VMM ([`crate::mappings`]), in words.
+    pub(super) fn lost_memory(&self) -> Option<String> {
+        if !mappings::any_lost() {
+            return None;
+        }
+        let lost = self.memory.lost()?;
+        Some(format!(
+            "the region of {:#x} bytes at guest address {:#x}",
+            lost.len, lost.guest_addr
+        ))
+    }
+
+    /// Tells the VMM on every ring that it will not go on.
+    pub(super) fn signal_errors(&self) {
+        let errors = self.rings.iter().filter_map(|ring| ring.err.as_ref());
+        errors.for_each(signal_error);
+    }
+
     fn ring_index(&self, index: u32) -> Result<usize> {
         let count = self.rings.len();
         usize::try_from(index)
@@ -256,6 +275,10 @@ impl Session {
         };
         self.rings[index].stopped(stopped.as_ref().ok().copied());
         match stopped {
+            // The ring's place was read from memory that may not be the guest's any more.
+            Ok(_) if self.lost_memory().is_some() => Err(format!(
+                "ring {index} lost its memory: nobody can go on with it"
+            )),
             Ok(base) => {
                 info!("{}: ring {index} stopped before entry {base}", self.name);
                 Ok(base)

@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
 
 use thiserror::Error;
 use vm_memory::FileOffset;
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
+
+use crate::mappings::{TableFull, Watch, page_size, page_size_of};
 
 /// Why guest memory could not be mapped or changed.
 #[derive(Debug, Error)]
@@ -75,6 +76,14 @@ pub enum MemoryError {
         /// What it said.
         source: io::Error,
     },
+    /// More mappings than one process can have.
+    #[error("memory region at guest address {guest_addr:#x}: {source}")]
+    TooMany {
+        /// Guest physical address of the region.
+        guest_addr: u64,
+        /// The limit.
+        source: TableFull,
+    },
     /// Two regions cover the same guest physical address.
     #[error("memory regions at guest addresses {first:#x} and {second:#x} overlap")]
     GuestOverlap {
@@ -105,6 +114,38 @@ pub enum MemoryError {
     },
 }
 
+/// A mapping of a file of guest memory. It is unmapped when this is dropped.
+#[derive(Debug)]
+pub struct Mapping {
+    // Dropped before the mapping itself.
+    watch: Watch,
+    region: MmapRegion,
+    page: u64,
+}
+
+impl Mapping {
+    /// What was mapped.
+    pub fn region(&self) -> &MmapRegion {
+        &self.region
+    }
+
+    /// Whether it was lost ([`crate::mappings`]).
+    pub fn is_lost(&self) -> bool {
+        self.watch.is_lost()
+    }
+
+    /// See [`Watch::give_up`].
+    pub(crate) fn give_up(&self) -> bool {
+        self.watch.give_up()
+    }
+
+    /// The addresses in this process, up to the end of the last page.
+    pub(crate) fn range(&self) -> (u64, u64) {
+        let len = (self.region.size() as u64).next_multiple_of(self.page);
+        (self.region.as_ptr() as u64, len)
+    }
+}
+
 /// One mapped region of guest memory. Clones share the mapping.
 #[derive(Debug, Clone)]
 pub struct Region {
@@ -116,7 +157,7 @@ pub struct Region {
     pub len: u64,
     /// First byte of the region in `mapping`: a huge page may begin before it.
     skip: usize,
-    mapping: Arc<MmapRegion>,
+    mapping: Arc<Mapping>,
 }
 
 impl Region {
@@ -179,13 +220,8 @@ impl Region {
             return Err(MemoryError::NotMappable { guest_addr });
         }
 
-        let page = huge_page_size(&file)
-            .map_err(|e| map_error("fstatfs", e))?
-            .unwrap_or(1);
-        let start = mmap_offset / page * page;
-        let end = needed
-            .checked_next_multiple_of(page)
-            .ok_or(overflow("file offset"))?;
+        let page = page_size_of(&file).map_err(|e| map_error("fstatfs", e))?;
+        let (start, end) = whole_pages(mmap_offset, needed, page).ok_or(overflow("file offset"))?;
         let size = usize::try_from(end - start).map_err(|_| overflow("file offset"))?;
         let skip = (mmap_offset - start) as usize;
         let mapping = MmapRegionBuilder::new(size)
@@ -194,6 +230,13 @@ impl Region {
             .with_file_offset(FileOffset::new(file, start))
             .build()
             .map_err(|e| map_error("mmap", io::Error::other(e)))?;
+        let watch = Watch::new(mapping.as_ptr(), size, page)
+            .map_err(|source| MemoryError::TooMany { guest_addr, source })?;
+        let mapping = Mapping {
+            watch,
+            region: mapping,
+            page,
+        };
         Ok(Self {
             guest_addr,
             user_addr,
@@ -206,35 +249,23 @@ impl Region {
     /// Where the first byte of the region is mapped in this process.
     pub fn as_ptr(&self) -> *mut u8 {
         // wrapping_add: `skip` lies inside the mapping by construction.
-        self.mapping.as_ptr().wrapping_add(self.skip)
+        self.mapping.region.as_ptr().wrapping_add(self.skip)
     }
 
     /// The mapping itself: whoever keeps it keeps the memory mapped.
-    pub fn mapping(&self) -> &Arc<MmapRegion> {
+    pub fn mapping(&self) -> &Arc<Mapping> {
         &self.mapping
     }
 }
 
-fn page_size() -> u64 {
-    // SAFETY: sysconf has no memory arguments.
-    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    u64::try_from(size).unwrap_or(4096).max(1)
-}
-
-/// The page size of a hugetlbfs file, `None` for every other file.
-fn huge_page_size(file: &File) -> io::Result<Option<u64>> {
-    let mut stat = std::mem::MaybeUninit::<libc::statfs>::uninit();
-    // SAFETY: the descriptor is open and `stat` has room for the answer.
-    if unsafe { libc::fstatfs(file.as_raw_fd(), stat.as_mut_ptr()) } != 0 {
-        return Err(io::Error::last_os_error());
+/// The bytes of a file from `start` to `end`, widened to whole pages where `mmap` and `munmap` insist on them
+/// (huge pages). Ordinary pages the kernel rounds by itself, and `start` is a multiple of them already.
+fn whole_pages(start: u64, end: u64, page: u64) -> Option<(u64, u64)> {
+    if page <= page_size() {
+        return Some((start, end));
     }
-    // SAFETY: fstatfs succeeded and filled it in.
-    let stat = unsafe { stat.assume_init() };
-    if stat.f_type == libc::HUGETLBFS_MAGIC {
-        Ok(u64::try_from(stat.f_bsize).ok().filter(|size| *size > 0))
-    } else {
-        Ok(None)
-    }
+    let end = end.checked_next_multiple_of(page)?;
+    Some((start / page * page, end)).filter(|_| i64::try_from(end).is_ok())
 }
 
 /// What a translation needs of a region, packed for the hot path.
@@ -397,8 +428,13 @@ impl GuestMemory {
         })
     }
 
+    /// A region whose mapping was lost ([`crate::mappings`]), if there is one.
+    pub fn lost(&self) -> Option<&Region> {
+        self.regions.iter().find(|region| region.mapping.is_lost())
+    }
+
     /// The mapping of the region that holds a guest physical address.
-    pub(crate) fn mapping_of(&self, guest_addr: u64) -> Option<Arc<MmapRegion>> {
+    pub(crate) fn mapping_of(&self, guest_addr: u64) -> Option<Arc<Mapping>> {
         self.regions
             .iter()
             .find(|r| guest_addr.wrapping_sub(r.guest_addr) < r.len)

@@ -131,14 +131,14 @@ fn a_region_of_huge_pages_may_begin_and_end_inside_one() {
     }
     // SAFETY: the descriptor is new and ours.
     let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
-    let huge = huge_page_size(&file).unwrap().unwrap();
+    let huge = page_size_of(&file).unwrap();
     assert!(huge > PAGE && huge.is_power_of_two());
     file.set_len(3 * huge).unwrap();
     // Without MAP_NORESERVE this would need huge pages; nothing is touched here.
     let region = Region::map(file, huge + PAGE, 0x1000, 0x1000, huge).unwrap();
-    assert_eq!(region.mapping().size() as u64, 2 * huge);
+    assert_eq!(region.mapping().region().size() as u64, 2 * huge);
     assert_eq!(
-        region.as_ptr() as u64 - region.mapping().as_ptr() as u64,
+        region.as_ptr() as u64 - region.mapping().region().as_ptr() as u64,
         PAGE
     );
     let mem = GuestMemory::new(vec![region]).unwrap();

@@ -11,10 +11,9 @@ pub mod split;
 use std::sync::Arc;
 
 use thiserror::Error;
-use vm_memory::mmap::MmapRegion;
 
 use super::inflight::{InflightError, QueueRegion};
-use super::memory::GuestMemory;
+use super::memory::{GuestMemory, Mapping};
 
 pub use chain::{ChainBuf, ChainError};
 pub use packed::PackedRing;
@@ -263,7 +262,7 @@ fn lookup(
     addr: u64,
     len: u64,
     align: u64,
-) -> Result<(*mut u8, Arc<MmapRegion>), RingError> {
+) -> Result<(*mut u8, Arc<Mapping>), RingError> {
     let unmapped = RingError::Unmapped { part, addr, len };
     let host = mem.host_ptr(addr, len).ok_or(unmapped)?;
     // A VMM may map a region askew, so an aligned guest address is not yet an aligned host address.

@@ -14,13 +14,12 @@ use virtio_bindings::virtio_ring::{
     VRING_PACKED_DESC_F_USED, VRING_PACKED_EVENT_FLAG_DESC, VRING_PACKED_EVENT_FLAG_DISABLE,
     VRING_PACKED_EVENT_FLAG_ENABLE,
 };
-use vm_memory::mmap::MmapRegion;
 
 use super::chain::{ChainBuf, ChainError, DESC_SIZE, MAX_DESCRIPTORS, read_pair};
 use super::{RingConfig, RingError, lookup, need_event};
 use crate::kill_point::kill_point;
 use crate::virtio::inflight::QueueRegion;
-use crate::virtio::memory::GuestMemory;
+use crate::virtio::memory::{GuestMemory, Mapping};
 use inflight::PackedInflight;
 
 const NEXT: u16 = VRING_DESC_F_NEXT as u16;
@@ -109,7 +108,7 @@ struct Parts {
     /// Written here: whether we want notifications. Offset and wrap counter, then flags.
     device: *const AtomicU16,
     /// Keeps the memory mapped behind the three pointers.
-    _mappings: [Arc<MmapRegion>; 3],
+    _mappings: [Arc<Mapping>; 3],
 }
 
 impl Parts {

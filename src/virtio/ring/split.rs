@@ -9,13 +9,12 @@ use virtio_bindings::virtio_ring::{
     VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
     VRING_USED_F_NO_NOTIFY,
 };
-use vm_memory::mmap::MmapRegion;
 
 use super::chain::{ChainBuf, ChainError, DESC_SIZE, MAX_DESCRIPTORS, read_pair};
 use super::{RingConfig, RingError, lookup, need_event};
 use crate::kill_point::kill_point;
 use crate::virtio::inflight::QueueRegion;
-use crate::virtio::memory::GuestMemory;
+use crate::virtio::memory::{GuestMemory, Mapping};
 use inflight::SplitInflight;
 
 const NEXT: u16 = VRING_DESC_F_NEXT as u16;
@@ -29,7 +28,7 @@ struct Parts {
     avail: *const AtomicU16,
     used: *const AtomicU16,
     /// Keeps the memory mapped behind the three pointers.
-    _mappings: [Arc<MmapRegion>; 3],
+    _mappings: [Arc<Mapping>; 3],
 }
 
 impl Parts {

@@ -25,6 +25,8 @@ pub struct DeviceOptions {
     pub queue_size: u16,
     /// Guest memory.
     pub memory: Vec<RegionSpec>,
+    /// Guest memory is in huge pages.
+    pub huge_pages: bool,
     /// Hand the memory over region by region (ADD_MEM_REG) instead of with SET_MEM_TABLE.
     pub memory_slots: bool,
     /// Request slots of each queue.
@@ -49,6 +51,7 @@ impl Default for DeviceOptions {
                 RegionSpec::new(0, 16 << 20),
                 RegionSpec::new(1 << 32, 16 << 20).at_offset(64 << 10),
             ],
+            huge_pages: false,
             memory_slots: false,
             slots: SlotOptions::default(),
             notify: Notify::Call,
@@ -89,7 +92,11 @@ impl Device {
     /// # Errors
     /// Those of the messages.
     pub fn negotiate(path: &Path, options: DeviceOptions) -> Result<Self> {
-        let memory = Memory::new(&options.memory)?;
+        let memory = if options.huge_pages {
+            Memory::huge(&options.memory)?
+        } else {
+            Memory::new(&options.memory)?
+        };
         let mut device = Self {
             path: path.to_owned(),
             client: None,

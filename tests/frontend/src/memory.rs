@@ -5,14 +5,70 @@
 //! a backend that mixes them up is found out.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::Result;
 use crate::sys;
 
 /// Distance between guest physical and user addresses of regions that do not choose their own.
 pub const DEFAULT_USER_SHIFT: u64 = 0x5a00_0000_0000;
+
+/// Bytes of the huge pages of [`Region::huge`].
+pub const HUGE_PAGE: u64 = 2 << 20;
+
+const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
+
+/// Huge pages (2 MiB) that the machine was made to set aside; their number goes back to what it was.
+#[derive(Debug)]
+pub struct HugePages {
+    before: u64,
+    _one_at_a_time: MutexGuard<'static, ()>,
+}
+
+impl HugePages {
+    /// Sets aside `count` more. None, with a word in the output, where this may not be done or memory is too
+    /// fragmented.
+    pub fn reserve(count: u64) -> Option<Self> {
+        static ONE: Mutex<()> = Mutex::new(());
+        let guard = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let said = |why: String| println!("not tested: no huge pages can be set aside: {why}");
+        let before = std::fs::read_to_string(NR_HUGEPAGES);
+        let before = before.map_err(|e| said(e.to_string())).ok()?;
+        let pages = Self {
+            before: before.trim().parse().ok()?,
+            _one_at_a_time: guard,
+        };
+        let wanted = (pages.before + count).to_string();
+        if let Err(error) = std::fs::write(NR_HUGEPAGES, wanted) {
+            said(error.to_string());
+            return None;
+        }
+        if pages.free() < count {
+            said(format!("{} of {count} are free", pages.free()));
+            return None;
+        }
+        Some(pages)
+    }
+
+    /// Bytes of a page.
+    pub fn size(&self) -> u64 {
+        HUGE_PAGE
+    }
+
+    /// Pages that nobody uses.
+    pub fn free(&self) -> u64 {
+        let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let line = text.lines().find_map(|l| l.strip_prefix("HugePages_Free:"));
+        line.and_then(|l| l.trim().parse().ok()).unwrap_or(0)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = std::fs::write(NR_HUGEPAGES, self.before.to_string());
+    }
+}
 
 /// Where a region sits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,16 +125,28 @@ impl Region {
     /// # Errors
     /// Those of memfd_create(2), ftruncate(2) and mmap(2).
     pub fn new(spec: RegionSpec) -> Result<Self> {
+        Self::of(sys::memfd(spec.mmap_offset + spec.size)?, spec)
+    }
+
+    /// The same in huge pages (2 MiB). None is reserved: they are had as they are touched. The file ends at the end of
+    /// a huge page, the region need not.
+    ///
+    /// # Errors
+    /// As [`Region::new`].
+    pub fn huge(spec: RegionSpec) -> Result<Self> {
         let total = spec.mmap_offset + spec.size;
-        let file = sys::memfd(total)?;
-        let mapped = total as usize;
+        Self::of(sys::huge_memfd(total.next_multiple_of(HUGE_PAGE))?, spec)
+    }
+
+    fn of(file: OwnedFd, spec: RegionSpec) -> Result<Self> {
+        let mapped = std::fs::File::from(file.try_clone()?).metadata()?.len() as usize;
         // SAFETY: a fresh shared mapping of a file of that length; nothing else is touched.
         let address = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
                 mapped,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
                 file.as_raw_fd(),
                 0,
             )
@@ -193,6 +261,18 @@ impl Memory {
         Ok(memory)
     }
 
+    /// The same in huge pages.
+    ///
+    /// # Errors
+    /// Those of [`Region::huge`].
+    pub fn huge(specs: &[RegionSpec]) -> Result<Self> {
+        let mut memory = Self::default();
+        for spec in specs {
+            memory.push(Region::huge(*spec)?);
+        }
+        Ok(memory)
+    }
+
     /// Adds a region and returns it.
     ///
     /// # Errors
@@ -201,6 +281,13 @@ impl Memory {
         let region = Arc::new(Region::new(spec)?);
         self.regions.push(region.clone());
         Ok(region)
+    }
+
+    /// Adds a region that was made elsewhere.
+    pub fn push(&mut self, region: Region) -> Arc<Region> {
+        let region = Arc::new(region);
+        self.regions.push(region.clone());
+        region
     }
 
     /// Takes a region out; it stays mapped here while somebody holds it.

@@ -18,9 +18,21 @@ fn check(ret: libc::c_int) -> io::Result<libc::c_int> {
 /// # Errors
 /// Those of memfd_create(2) and ftruncate(2).
 pub fn memfd(size: u64) -> io::Result<OwnedFd> {
+    new_memfd(size, 0)
+}
+
+/// The same in huge pages of 2 MiB; `size` is a multiple of that.
+///
+/// # Errors
+/// As [`memfd`].
+pub fn huge_memfd(size: u64) -> io::Result<OwnedFd> {
+    new_memfd(size, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB)
+}
+
+fn new_memfd(size: u64, flags: libc::c_uint) -> io::Result<OwnedFd> {
     // SAFETY: the name is a valid C string; a descriptor that is returned is ours alone.
     let fd = unsafe {
-        let raw = libc::memfd_create(c"guest-memory".as_ptr(), libc::MFD_CLOEXEC);
+        let raw = libc::memfd_create(c"guest-memory".as_ptr(), libc::MFD_CLOEXEC | flags);
         OwnedFd::from_raw_fd(check(raw)?)
     };
     truncate(&fd, size)?;

@@ -13,7 +13,7 @@ const REGIONS: [(u64, u64); 3] = [(0, 0x10_0000), (0x10_0000, 0x2000), (0x20_000
 /// The same memory as `vm-memory` sees it.
 fn theirs(mem: &GuestMemory) -> GuestMemoryMmap<()> {
     let ranges = mem.regions().iter().map(|region| {
-        let file = region.mapping().file_offset().unwrap();
+        let file = region.mapping().region().file_offset().unwrap();
         let file = FileOffset::new(file.file().try_clone().unwrap(), file.start());
         (
             GuestAddress(region.guest_addr),
