@@ -1,5 +1,7 @@
 //! One connection: messages in, the session's answers out, until the VMM goes.
 
+mod postcopy;
+
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -185,6 +187,10 @@ impl Connection {
         let Some(what) = session.lost_memory() else {
             return Ok(());
         };
+        // Memory of a postcopy migration is given up when the VMM leaves, which is said in other words.
+        if self.hung_up() {
+            return Ok(());
+        }
         session.signal_errors();
         Err(ConnectionError::MemoryLost { what })
     }
@@ -206,6 +212,9 @@ impl Connection {
             header.name(),
             header.size
         );
+        if self.is_postcopy(header) {
+            return self.postcopy(header);
+        }
         match FrontendReq::try_from(header.request) {
             Ok(FrontendReq::SET_STATUS) => self.set_status(header),
             Ok(FrontendReq::GET_STATUS) => self.get_status(header),

@@ -13,6 +13,7 @@ mod device;
 mod listener;
 mod memory;
 mod peek;
+mod postcopy;
 mod rings;
 mod session;
 pub mod sigbus;

@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Bytes of a message header (vhost-user.rst, "Header").
 pub(super) const HEADER_SIZE: usize = 12;
@@ -244,7 +245,7 @@ pub(super) fn take_with_fds(
     let mut done = 0;
     while done < message.len() {
         match receive(sock, &mut message[done..], 0, &mut fds)? {
-            Some(Received { len, .. }) if len > 0 => done += len,
+            Some(received) if received.len > 0 && !received.truncated => done += received.len,
             // It was all there when it was looked at.
             _ => return Err(io::ErrorKind::UnexpectedEof.into()),
         }
@@ -253,12 +254,32 @@ pub(super) fn take_with_fds(
 }
 
 /// Answers `header` with a 64-bit payload.
-pub(super) fn reply(mut sock: &UnixStream, header: &Header, value: u64) -> io::Result<()> {
+pub(super) fn reply(sock: &UnixStream, header: &Header, value: u64) -> io::Result<()> {
+    answer(sock, header, &value.to_ne_bytes(), &[])
+}
+
+/// Answers `header` with any payload, and with copies of descriptors.
+pub(super) fn answer(
+    sock: &UnixStream,
+    header: &Header,
+    payload: &[u8],
+    fds: &[RawFd],
+) -> io::Result<()> {
     let flags = (header.flags & FLAG_VERSION_MASK) | FLAG_REPLY;
-    let mut message = Vec::with_capacity(HEADER_SIZE + 8);
+    let size = u32::try_from(payload.len()).map_err(io::Error::other)?;
+    let mut message = Vec::with_capacity(HEADER_SIZE + payload.len());
     message.extend_from_slice(&header.request.to_ne_bytes());
     message.extend_from_slice(&flags.to_ne_bytes());
-    message.extend_from_slice(&8u32.to_ne_bytes());
-    message.extend_from_slice(&value.to_ne_bytes());
-    io::Write::write_all(&mut sock, &message)
+    message.extend_from_slice(&size.to_ne_bytes());
+    message.extend_from_slice(payload);
+    if fds.is_empty() {
+        let mut sock = sock;
+        return io::Write::write_all(&mut sock, &message);
+    }
+    // Shorter than what the socket takes at once (see `can_reply`).
+    let sent = sock.send_with_fds(&[&message[..]], fds)?;
+    match sent == message.len() {
+        true => Ok(()),
+        false => Err(io::ErrorKind::WriteZero.into()),
+    }
 }

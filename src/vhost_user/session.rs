@@ -4,6 +4,7 @@ mod inflight;
 mod log;
 mod messages;
 mod notices;
+mod postcopy;
 mod stop;
 
 use std::fs::File;
@@ -15,6 +16,7 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use vhost::vhost_user::{Error, Result, VhostUserBackendReqHandlerMut, VhostUserVirtioFeatures};
 
 use super::device::{Device, RingStart};
+use super::postcopy::Postcopy;
 use super::rings::{Kick, Ring, Running, signal_error};
 use crate::mappings;
 use crate::virtio::memory::GuestMemory;
@@ -60,6 +62,7 @@ pub(super) struct Session {
     name: String,
     device: Arc<dyn Device>,
     memory: Arc<GuestMemory>,
+    postcopy: Option<Postcopy>,
     rings: Vec<Ring>,
     /// What `SET_FEATURES` accepted, bit 30 included.
     features: u64,
@@ -88,6 +91,7 @@ impl Session {
             name,
             device,
             memory: Arc::new(GuestMemory::empty()),
+            postcopy: None,
             rings,
             features: 0,
             features_asked: false,
@@ -143,6 +147,8 @@ impl Session {
 
     /// The end of the connection: everything is stopped, the memory let go.
     pub(super) fn disconnect(&mut self) {
+        // Whoever waits for a page that nobody will bring any more goes on first.
+        self.postcopy = None;
         self.device.reset();
         self.forget_inflight();
         self.forget_log();

@@ -34,6 +34,8 @@ pub(crate) const PROTOCOL: u64 = 1
     | 1 << 16
     | 1 << 20
     | 1 << 23;
+/// Offered only where this process may have a userfaultfd.
+pub(crate) const PAGEFAULT: u64 = 1 << 8;
 pub(crate) const NEED_REPLY: u32 = 0x8;
 
 /// A call of the session to its device.
@@ -391,7 +393,8 @@ impl Bench {
             self.get(FrontendReq::GET_FEATURES),
             FEATURES | BIT_30 | LOG_ALL
         );
-        assert_eq!(self.get(FrontendReq::GET_PROTOCOL_FEATURES), PROTOCOL);
+        let protocol = self.get(FrontendReq::GET_PROTOCOL_FEATURES);
+        assert_eq!(protocol & !PAGEFAULT, PROTOCOL);
         self.client.send(
             FrontendReq::SET_PROTOCOL_FEATURES,
             0,

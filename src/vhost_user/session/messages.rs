@@ -11,7 +11,8 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
-use super::{BINDING_FEATURES, PROTOCOL_FEATURES, SESSION_FEATURES, Session, copied, refuse};
+use super::postcopy::protocol_features;
+use super::{BINDING_FEATURES, F_PROTOCOL_FEATURES, SESSION_FEATURES, Session, copied, refuse};
 use crate::vhost_user::rings::{Addresses, Kick, Ring};
 use crate::vhost_user::{config, memory};
 
@@ -192,11 +193,11 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_protocol_features(&mut self) -> Result<Protocol> {
-        Ok(PROTOCOL_FEATURES)
+        Ok(protocol_features())
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
-        let unknown = features & !PROTOCOL_FEATURES.bits();
+        let unknown = features & !protocol_features().bits();
         if unknown != 0 {
             return Err(refuse(format!(
                 "protocol features {unknown:#x} were not offered"
