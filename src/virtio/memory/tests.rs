@@ -147,6 +147,46 @@ fn a_region_of_huge_pages_may_begin_and_end_inside_one() {
 }
 
 #[test]
+fn a_region_is_widened_to_whole_huge_pages_only() {
+    const GIB: u64 = 1 << 30;
+    for (start, end, page, widened) in [
+        (0, 1, GIB, Some((0, GIB))),
+        (0, GIB, GIB, Some((0, GIB))),
+        (GIB - PAGE, GIB + 1, GIB, Some((0, 2 * GIB))),
+        (GIB, 3 * GIB - 1, GIB, Some((GIB, 3 * GIB))),
+        (
+            5 * GIB + PAGE,
+            5 * GIB + 2 * PAGE,
+            GIB,
+            Some((5 * GIB, 6 * GIB)),
+        ),
+        (
+            1 << 40,
+            (1 << 40) + 1,
+            GIB,
+            Some((1 << 40, (1 << 40) + GIB)),
+        ),
+        // Ordinary pages are left to the kernel.
+        (PAGE, 3 * PAGE + 1, PAGE, Some((PAGE, 3 * PAGE + 1))),
+        // The end of a file, and of numbers.
+        (0, i64::MAX as u64, GIB, None),
+        (
+            0,
+            i64::MAX as u64 - GIB + 1,
+            GIB,
+            Some((0, i64::MAX as u64 - GIB + 1)),
+        ),
+        (u64::MAX - PAGE, u64::MAX, GIB, None),
+    ] {
+        assert_eq!(
+            whole_pages(start, end, page),
+            widened,
+            "{start:#x} to {end:#x}"
+        );
+    }
+}
+
+#[test]
 fn a_truncated_memfd_is_refused_by_its_size() {
     let error = Region::map(memfd(PAGE), 0, 0, 0, PAGE + 1).unwrap_err();
     assert!(matches!(

@@ -271,6 +271,66 @@ impl Client {
         self.tell(request::REM_MEM_REG, &single_region(spec), &[])
     }
 
+    /// POSTCOPY_ADVISE: the backend's userfaultfd, or nothing if it may have none.
+    ///
+    /// # Errors
+    /// Those of [`Client::call`].
+    pub fn postcopy_advise(&self) -> Result<Option<OwnedFd>> {
+        let mut reply = self.call(request::POSTCOPY_ADVISE, &[], &[])?;
+        Ok(reply.fds.pop())
+    }
+
+    /// POSTCOPY_LISTEN.
+    ///
+    /// # Errors
+    /// Those of [`Client::tell`].
+    pub fn postcopy_listen(&self) -> Result<()> {
+        self.tell(request::POSTCOPY_LISTEN, &[], &[])
+    }
+
+    /// ADD_MEM_REG while the backend listens: the address of the region there.
+    ///
+    /// # Errors
+    /// `Protocol` when the answer is not the same region, and those of [`Client::call`].
+    pub fn add_mem_reg_postcopy(&self, region: &Region) -> Result<u64> {
+        let payload = single_region(&region.spec());
+        let answer = self.call(request::ADD_MEM_REG, &payload, &[region.fd()])?;
+        let mut same = answer.payload;
+        let mut address = [0; 8];
+        if same.len() == payload.len() {
+            // Behind eight bytes of padding, the guest address and the size.
+            address.copy_from_slice(&same[24..32]);
+            same[24..32].copy_from_slice(&payload[24..32]);
+        }
+        if same != payload {
+            return Err(Error::Protocol("the answer is another region".to_owned()));
+        }
+        Ok(u64::from_le_bytes(address))
+    }
+
+    /// What follows the last memory message while the backend listens: this side is ready for page faults. There is
+    /// no answer.
+    ///
+    /// # Errors
+    /// Those of [`Client::send`].
+    pub fn postcopy_ready(&self) -> Result<()> {
+        let zero = 0u64.to_le_bytes();
+        self.send(request::ADD_MEM_REG, flag::VERSION, &zero, &[])
+    }
+
+    /// POSTCOPY_END.
+    ///
+    /// # Errors
+    /// `Refused` for a non-zero answer, and those of [`Client::call`].
+    pub fn postcopy_end(&self) -> Result<()> {
+        let request = request::POSTCOPY_END;
+        self.send(request, flag::VERSION | flag::NEED_REPLY, &[], &[])?;
+        match self.reply_to(request)?.u64()? {
+            0 => Ok(()),
+            value => Err(Error::Refused { request, value }),
+        }
+    }
+
     /// GET_MAX_MEM_SLOTS.
     ///
     /// # Errors

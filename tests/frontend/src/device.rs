@@ -9,6 +9,7 @@ use crate::blk_queue::{BlkQueue, Completion, Op, SlotOptions};
 use crate::client::{Client, DEFAULT_TIMEOUT};
 use crate::error::{Error, Result};
 use crate::memory::{Memory, RegionSpec};
+use crate::postcopy::PageServer;
 use crate::protocol::{feature, protocol_feature};
 use crate::ring::{Notify, SplitQueue};
 
@@ -74,6 +75,7 @@ pub struct Device {
     features: u64,
     protocol_features: u64,
     config: Config,
+    postcopy: Option<PageServer>,
 }
 
 impl Device {
@@ -106,6 +108,7 @@ impl Device {
             features: 0,
             protocol_features: 0,
             config: Config::default(),
+            postcopy: None,
             options,
         };
         device.handshake()?;
@@ -155,7 +158,9 @@ impl Device {
         if self.protocol_features & protocol_feature::CONFIG != 0 {
             self.config = Config::parse(&client.get_config(0, CONFIG_LEN)?);
         }
-        if self.options.memory_slots {
+        if self.postcopy.is_some() {
+            // Shared when the incoming migration listens.
+        } else if self.options.memory_slots {
             for region in self.memory.regions() {
                 client.add_mem_reg(region)?;
             }
@@ -267,6 +272,63 @@ impl Device {
             let base = self.queues[index].ring.used_idx();
             self.start_queue(index, base)?;
         }
+        Ok(())
+    }
+
+    /// Moves the VM by postcopy to the backend at `path`: stops the rings, takes every page away, connects there, and
+    /// starts the rings with no page present. From here on [`Device::pages`] brings what this side and the backend
+    /// touch.
+    ///
+    /// # Errors
+    /// Those of the messages; `Protocol` when the backend has no userfaultfd.
+    pub fn move_by_postcopy(&mut self, path: &Path) -> Result<()> {
+        for index in 0..self.queues.len() {
+            self.stop_queue(index)?;
+        }
+        self.disconnect();
+        path.clone_into(&mut self.path);
+        self.options.protocol_features |= protocol_feature::PAGEFAULT;
+        self.postcopy = Some(PageServer::new(&self.memory)?);
+        self.handshake()?;
+        let client = self.client.as_ref().ok_or(Error::Closed)?;
+        let userfault = client.postcopy_advise()?;
+        let userfault = userfault.ok_or_else(|| Error::Protocol("no userfaultfd came".into()))?;
+        client.postcopy_listen()?;
+        let bases = self.memory.regions().iter();
+        let bases = bases.map(|region| client.add_mem_reg_postcopy(region));
+        let bases = bases.collect::<Result<Vec<_>>>()?;
+        if let Some(pages) = &mut self.postcopy {
+            pages.serve(userfault, &bases)?;
+        }
+        client.postcopy_ready()?;
+        // Where the rings stand is known without touching them.
+        for index in 0..self.queues.len() {
+            let base = self.queues[index].ring.next_avail();
+            self.start_queue(index, base)?;
+        }
+        Ok(())
+    }
+
+    /// Who brings pages, after [`Device::move_by_postcopy`].
+    ///
+    /// # Panics
+    /// When there was no such move.
+    pub fn pages(&mut self) -> &mut PageServer {
+        self.postcopy.as_mut().expect("a postcopy migration")
+    }
+
+    /// Brings all pages that are still missing, and ends the migration.
+    ///
+    /// # Errors
+    /// Those of the messages.
+    ///
+    /// # Panics
+    /// When there is no migration.
+    pub fn end_postcopy(&mut self) -> Result<()> {
+        let mut pages = self.postcopy.take().expect("a postcopy migration");
+        pages.bring_all()?;
+        self.client()?.postcopy_end()?;
+        pages.stop();
         Ok(())
     }
 

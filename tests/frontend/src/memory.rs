@@ -138,7 +138,11 @@ impl Region {
         Self::of(sys::huge_memfd(total.next_multiple_of(HUGE_PAGE))?, spec)
     }
 
-    fn of(file: OwnedFd, spec: RegionSpec) -> Result<Self> {
+    /// A region in a file that others may be in too, which reaches to the region's end at least.
+    ///
+    /// # Errors
+    /// Those of fstat(2) and mmap(2).
+    pub fn of(file: OwnedFd, spec: RegionSpec) -> Result<Self> {
         let mapped = std::fs::File::from(file.try_clone()?).metadata()?.len() as usize;
         // SAFETY: a fresh shared mapping of a file of that length; nothing else is touched.
         let address = unsafe {
@@ -166,6 +170,14 @@ impl Region {
     /// Where the region sits.
     pub fn spec(&self) -> RegionSpec {
         self.spec
+    }
+
+    /// Another descriptor of its file.
+    ///
+    /// # Errors
+    /// Those of dup(2).
+    pub fn file(&self) -> Result<OwnedFd> {
+        Ok(self.file.try_clone()?)
     }
 
     /// The descriptor to send to a backend.
@@ -223,6 +235,28 @@ impl Region {
                 Err(seen) => current = seen,
             }
         }
+    }
+
+    /// Takes every page of the file away; the next access makes a new one.
+    ///
+    /// # Errors
+    /// Those of fallocate(2).
+    pub fn take_away(&self) -> Result<()> {
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: a descriptor and integers.
+        match unsafe { libc::fallocate(self.fd(), mode, 0, self.mapped as libc::off_t) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error().into()),
+        }
+    }
+
+    /// Bytes of memory that the file has pages for.
+    ///
+    /// # Errors
+    /// Those of fstat(2).
+    pub fn allocated(&self) -> Result<u64> {
+        use std::os::unix::fs::MetadataExt;
+        Ok(std::fs::File::from(self.file()?).metadata()?.blocks() * 512)
     }
 
     /// Shortens (or lengthens) the file under the region, as a hostile VMM does. Bytes past the new end must

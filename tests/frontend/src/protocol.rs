@@ -26,6 +26,9 @@ pub mod request {
     pub const SET_BACKEND_REQ_FD: u32 = 21;
     pub const GET_CONFIG: u32 = 24;
     pub const SET_CONFIG: u32 = 25;
+    pub const POSTCOPY_ADVISE: u32 = 28;
+    pub const POSTCOPY_LISTEN: u32 = 29;
+    pub const POSTCOPY_END: u32 = 30;
     pub const GET_INFLIGHT_FD: u32 = 31;
     pub const SET_INFLIGHT_FD: u32 = 32;
     pub const RESET_DEVICE: u32 = 34;
@@ -61,6 +64,7 @@ pub mod protocol_feature {
     pub const LOG_SHMFD: u64 = 1 << 1;
     pub const REPLY_ACK: u64 = 1 << 3;
     pub const BACKEND_REQ: u64 = 1 << 5;
+    pub const PAGEFAULT: u64 = 1 << 8;
     pub const CONFIG: u64 = 1 << 9;
     pub const BACKEND_SEND_FD: u64 = 1 << 10;
     pub const HOST_NOTIFIER: u64 = 1 << 11;

@@ -74,6 +74,17 @@ pub fn wait_readable(fd: RawFd, timeout: Duration) -> io::Result<bool> {
     }
 }
 
+/// Bytes that a unix socket has sent and the other side has not read.
+///
+/// # Errors
+/// Those of ioctl(2).
+pub fn queued_bytes(socket: RawFd) -> io::Result<usize> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: TIOCOUTQ (SIOCOUTQ) writes one int.
+    check(unsafe { libc::ioctl(socket, libc::TIOCOUTQ, &mut bytes) })?;
+    Ok(usize::try_from(bytes).unwrap_or(0))
+}
+
 /// An eventfd: a kick, a call or an error notifier.
 #[derive(Debug)]
 pub struct EventFd(OwnedFd);
