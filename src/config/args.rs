@@ -79,7 +79,7 @@ pub struct DiskArgs {
     #[arg(long, value_name = "N")]
     pub num_queues: Option<u64>,
 
-    /// Most entries a queue may have, a power of two from 2 to 1024 [default: 256]
+    /// Most entries a queue may have, a power of two from 2 to 32768 [default: 256]
     #[arg(long, value_name = "N")]
     pub queue_size: Option<u64>,
 

@@ -37,8 +37,8 @@ pub use host::{Host, PassedSocket};
 pub const MAX_NUM_QUEUES: u16 = 256;
 /// Queues of a disk by default, on a host with that many CPUs.
 pub const DEFAULT_MAX_NUM_QUEUES: u16 = 16;
-/// Largest queue: QEMU's own limit (`VIRTQUEUE_MAX_SIZE`).
-pub const MAX_QUEUE_SIZE: u16 = 1024;
+/// Largest queue that the specification has (virtio 1.2, section 2.7). QEMU goes up to 1024.
+pub const MAX_QUEUE_SIZE: u16 = 32768;
 /// Largest queue by default.
 pub const DEFAULT_QUEUE_SIZE: u16 = 256;
 /// Longest time to poll without work, by default: about what a sleep and a wake-up cost the guest.

@@ -157,7 +157,7 @@ const ALL_OPTIONS: &str = "--socket-path @/s --socket-mode 0660 --socket-group r
     --on-dirty refuse \
     --allow-path @/bases --allow-path @/more --l2-cache-size 3M --data-file @/d.img --key-file @/b.img \
     --image-key @/a.img=keyring:disk --image-key @/link=file:@/b.img --serial 0123-456 --block-size 4096 \
-    --num-queues 8 --queue-size 1024 --name root --workers 2 --cpus 3,0-1 --poll adaptive --poll-max-us 7 --once \
+    --num-queues 8 --queue-size 32768 --name root --workers 2 --cpus 3,0-1 --poll adaptive --poll-max-us 7 --once \
     --pid-file @/pid --log-level debug";
 const ALL_KEYS: &str = "
     once = true
@@ -187,7 +187,7 @@ const ALL_KEYS: &str = "
     serial = '0123-456'
     block-size = 4096
     num-queues = 8
-    queue-size = 1024
+    queue-size = 32768
 ";
 
 #[test]

@@ -410,14 +410,14 @@ impl Queue {
     #[inline]
     pub(super) fn publish(&self) -> bool {
         let mut ring = self.ring.borrow_mut();
-        let anything = ring.has_unpublished();
+        let anything = ring.next_used() != ring.published_used();
         // The used ring itself may be what was lost.
         if anything && self.lost(&self.memory.borrow().0) {
             return false;
         }
-        let old = ring.shown();
+        let old = ring.published_used();
         let wanted = ring.publish();
-        let new = ring.shown();
+        let new = ring.published_used();
         drop(ring);
         if anything {
             kill_point!("published");

@@ -14,6 +14,19 @@ const FEATURE_INDIRECT: u64 = 1 << 28;
 /// `VIRTIO_RING_F_EVENT_IDX` (virtio 1.2, section 6).
 const FEATURE_EVENT_IDX: u64 = 1 << 29;
 
+/// `VIRTIO_F_RING_PACKED` (virtio 1.2, section 6).
+const FEATURE_PACKED: u64 = 1 << 34;
+
+/// Whether rings are packed with these features.
+pub(super) fn is_packed(features: u64) -> bool {
+    features & FEATURE_PACKED != 0
+}
+
+/// Where a new ring begins ([`RingConfig::base`]): the wrap counters of a packed one begin at 1.
+pub(super) fn first_base(features: u64) -> u32 {
+    if is_packed(features) { 0x8000_8000 } else { 0 }
+}
+
 /// Addresses of a ring in the VMM's address space, as `SET_VRING_ADDR` gave them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Addresses {
@@ -111,15 +124,29 @@ impl Ring {
         let n = u64::from(size);
         let event_idx = features & FEATURE_EVENT_IDX != 0;
         let header = if event_idx { 6 } else { 4 };
+        let packed = is_packed(features);
+        let areas = match packed {
+            false => [
+                ("descriptor table", 16 * n),
+                ("available ring", header + 2 * n),
+                ("used ring", header + 8 * n),
+            ],
+            // Section 2.8.10.1.
+            true => [
+                ("descriptor ring", 16 * n),
+                ("driver event suppression area", 4),
+                ("device event suppression area", 4),
+            ],
+        };
         Ok(Some(RingConfig {
             size,
-            desc_table: translate("descriptor table", addresses.desc_table, 16 * n)?,
-            avail_ring: translate("available ring", addresses.avail_ring, header + 2 * n)?,
-            used_ring: translate("used ring", addresses.used_ring, header + 8 * n)?,
+            desc_table: translate(areas[0].0, addresses.desc_table, areas[0].1)?,
+            avail_ring: translate(areas[1].0, addresses.avail_ring, areas[1].1)?,
+            used_ring: translate(areas[2].0, addresses.used_ring, areas[2].1)?,
             event_idx,
             indirect: features & FEATURE_INDIRECT != 0,
-            packed: false,
-            base: self.base.unwrap_or(0),
+            packed,
+            base: self.base.unwrap_or(first_base(features)),
         }))
     }
 

@@ -32,8 +32,8 @@ pub(super) const F_LOG_ALL: u64 = 1 << 26;
 const SESSION_FEATURES: u64 = F_PROTOCOL_FEATURES | F_LOG_ALL;
 
 /// Features that change what lies in the guest's memory or what must be done with it:
-/// `ACCESS_PLATFORM`, `RING_PACKED` and `IN_ORDER`. A driver that accepts one of them unoffered cannot be
-/// served. Others are ignored: QEMU offers some of its own accord (`ANY_LAYOUT`, `RING_RESET`) and passes
+/// `ACCESS_PLATFORM`, `RING_PACKED` and `IN_ORDER`. A driver that accepts one of them where the device has
+/// not offered it cannot be served. Others are ignored: QEMU offers some of its own accord (`ANY_LAYOUT`, `RING_RESET`) and passes
 /// on that the guest accepted them.
 const BINDING_FEATURES: u64 = 1 << 33 | 1 << 34 | 1 << 35;
 
@@ -254,9 +254,10 @@ impl Session {
             },
         )?;
         info!(
-            "{}: ring {index} started: {} entries from {}{}",
+            "{}: ring {index} started: {} entries{} from {}{}",
             self.name,
             config.size,
+            if config.packed { ", packed," } else { "" },
             config.base,
             if enabled { "" } else { ", disabled" },
         );

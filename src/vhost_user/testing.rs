@@ -60,6 +60,8 @@ pub(crate) enum Asked {
 /// A device that keeps a record of what the session asks of it.
 #[derive(Default)]
 pub(crate) struct FakeDevice {
+    /// Features that it offers beside [`FEATURES`].
+    pub(crate) more_features: AtomicU64,
     calls: Mutex<Vec<Asked>>,
     starts: Mutex<Vec<RingStart>>,
     memory: Mutex<Option<Arc<GuestMemory>>>,
@@ -121,7 +123,7 @@ impl FakeDevice {
 
 impl Device for FakeDevice {
     fn features(&self) -> u64 {
-        FEATURES
+        FEATURES | self.more_features.load(Ordering::Relaxed)
     }
 
     fn num_queues(&self) -> u16 {
@@ -389,10 +391,8 @@ impl Bench {
     }
 
     pub(crate) fn negotiate(&mut self, features: u64) {
-        assert_eq!(
-            self.get(FrontendReq::GET_FEATURES),
-            FEATURES | BIT_30 | LOG_ALL
-        );
+        let offered = self.device.features() | BIT_30 | LOG_ALL;
+        assert_eq!(self.get(FrontendReq::GET_FEATURES), offered);
         let protocol = self.get(FrontendReq::GET_PROTOCOL_FEATURES);
         assert_eq!(protocol & !PAGEFAULT, PROTOCOL);
         self.client.send(

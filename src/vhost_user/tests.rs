@@ -6,6 +6,7 @@ mod inflight;
 mod log;
 mod memory;
 mod messages;
+mod packed;
 mod postcopy;
 mod rings;
 mod stop;

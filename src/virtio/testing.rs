@@ -1,7 +1,9 @@
-//! Guest memory and the driver's side of a split ring, for tests.
+//! Guest memory and the driver's side of the rings, for tests.
 
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use super::memory::{GuestMemory, Region};
 use super::ring::{ChainBuf, RingConfig};
@@ -422,7 +424,11 @@ impl<'a> PackedDriver<'a> {
         let desc = self.cfg.desc_table + 16 * u64::from(at.index);
         let len = read_u32(self.mem, desc + 8);
         let id = read_u16(self.mem, desc + 12);
-        let count = self.counts[usize::from(id)];
+        // An id that is not under way is the device's fault.
+        let count = std::mem::take(&mut self.counts[usize::from(id)]);
+        if count == 0 {
+            return None;
+        }
         self.next_used.skip(count, self.cfg.size);
         Some((id, (flags & WRITE != 0).then_some(len)))
     }
@@ -445,6 +451,7 @@ pub(crate) struct PackedRequests<'a> {
     pub(crate) driver: PackedDriver<'a>,
     free: u16,
     free_ids: Vec<u16>,
+    taken: Vec<u16>,
 }
 
 impl<'a> PackedRequests<'a> {
@@ -453,6 +460,7 @@ impl<'a> PackedRequests<'a> {
             driver: PackedDriver::new(mem, 0x1000, size, index, wrap),
             free: size,
             free_ids: (0..size).collect(),
+            taken: vec![0; size.into()],
         }
     }
 
@@ -462,6 +470,7 @@ impl<'a> PackedRequests<'a> {
         let count = 1 + rng.below(4) as u16;
         self.free = self.free.checked_sub(count)?;
         let tag = self.free_ids.pop()?;
+        self.taken[usize::from(tag)] = count;
         let buffer = |i: u16| match i {
             0 => (TAGS + 16 * u64::from(tag), 16, 0),
             _ => (TAGS + 0x8_0000, 8, WRITE),
@@ -488,7 +497,7 @@ impl<'a> PackedRequests<'a> {
     pub(crate) fn reap(&mut self) -> Vec<u16> {
         let mut tags = Vec::new();
         while let Some((id, _)) = self.driver.used() {
-            self.free += self.driver.counts[usize::from(id)];
+            self.free += self.taken[usize::from(id)];
             self.free_ids.push(id);
             tags.push(id);
         }
@@ -498,5 +507,40 @@ impl<'a> PackedRequests<'a> {
     /// The tag of a request, as the device sees it.
     pub(crate) fn tag_of(&self, chain: &ChainBuf) -> u16 {
         tag_of(self.driver.mem, chain)
+    }
+}
+
+/// Only for a failing run: a lost notification would wait for ever.
+const GIVE_UP: Duration = Duration::from_secs(20);
+
+/// An eventfd without the system call: a thread that waits for one is soon back, so that the two
+/// threads meet in the few instructions that matter.
+#[derive(Default)]
+pub(crate) struct Bell(AtomicU32);
+
+impl Bell {
+    pub(crate) fn ring(&self) {
+        self.0.fetch_add(1, Ordering::Release);
+    }
+
+    /// Waits until it rang after `heard`.
+    pub(crate) fn wait(&self, heard: &mut u32, what: &str) {
+        let (start, mut spins) = (Instant::now(), 0u32);
+        while self.0.load(Ordering::Acquire) == *heard {
+            spins += 1;
+            if spins % 256 == 0 {
+                assert!(start.elapsed() < GIVE_UP, "{what} was lost");
+                std::thread::yield_now();
+            }
+            std::hint::spin_loop();
+        }
+        *heard = self.0.load(Ordering::Acquire);
+    }
+}
+
+/// A short time, never the same.
+pub(crate) fn dawdle(rng: &mut Rng) {
+    for _ in 0..rng.below(40) {
+        std::hint::spin_loop();
     }
 }

@@ -15,27 +15,27 @@ fn what_cannot_be_meant_is_refused_with_what_to_write_instead() {
         (
             "--queue-size 0",
             "--queue-size",
-            "a power of two from 2 to 1024",
+            "a power of two from 2 to 32768",
         ),
         (
             "--queue-size 1",
             "--queue-size",
-            "a power of two from 2 to 1024",
+            "a power of two from 2 to 32768",
         ),
         (
             "--queue-size 100",
             "--queue-size",
-            "a power of two from 2 to 1024",
+            "a power of two from 2 to 32768",
         ),
         (
-            "--queue-size 2048",
+            "--queue-size 32769",
             "--queue-size",
-            "a power of two from 2 to 1024",
+            "a power of two from 2 to 32768",
         ),
         (
             "--queue-size 65536",
             "--queue-size",
-            "a power of two from 2 to 1024",
+            "a power of two from 2 to 32768",
         ),
         ("--queue-size=-1", "--queue-size", ""),
         ("--queue-size many", "--queue-size", ""),

@@ -14,7 +14,7 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 use super::postcopy::protocol_features;
 use super::{BINDING_FEATURES, F_PROTOCOL_FEATURES, SESSION_FEATURES, Session, copied, refuse};
 use crate::vhost_user::rings::{Addresses, Kick, Ring};
-use crate::vhost_user::{config, memory};
+use crate::vhost_user::{config, memory, rings};
 
 impl VhostUserBackendReqHandlerMut for Session {
     fn set_owner(&mut self) -> Result<()> {
@@ -76,6 +76,12 @@ impl VhostUserBackendReqHandlerMut for Session {
             }
         }
         self.features_refused = false;
+        if rings::is_packed(features) != rings::is_packed(self.features) {
+            // A base means nothing to the other layout.
+            for ring in &mut self.rings {
+                ring.base = None;
+            }
+        }
         self.features = features;
         self.device.set_acked_features(features & !SESSION_FEATURES);
         self.update_log()?;
@@ -99,13 +105,16 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
         let index = self.ring_index(index)?;
         let max = self.device.max_queue_size();
+        // The size of a split virtqueue is a power of two (virtio 1.2, section 2.7), that of a packed one is not
+        // bound to be.
+        let packed = rings::is_packed(self.features);
         let size = u16::try_from(num)
             .ok()
-            // Section 2.7 of virtio 1.2: the size of a split virtqueue is a power of two.
-            .filter(|size| size.is_power_of_two() && *size <= max)
+            .filter(|size| (size.is_power_of_two() || packed && *size != 0) && *size <= max)
             .ok_or_else(|| {
+                let kind = if packed { "from 1" } else { "a power of two" };
                 refuse(format!(
-                    "size {num} of ring {index}: not a power of two up to {max}"
+                    "size {num} of ring {index}: not {kind} up to {max}"
                 ))
             })?;
         let ring = &mut self.rings[index];
@@ -145,13 +154,17 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
         let index = self.ring_index(index)?;
-        let base = u16::try_from(base)
-            .map_err(|_| refuse(format!("base {base} of ring {index} has more than 16 bits")))?;
+        // That of a packed ring is two places with their wrap counters.
+        if base > u16::MAX.into() && !rings::is_packed(self.features) {
+            return Err(refuse(format!(
+                "base {base} of ring {index} has more than 16 bits"
+            )));
+        }
         let ring = &mut self.rings[index];
-        if ring.is_running() && ring.base != Some(base.into()) {
+        if ring.is_running() && ring.base != Some(base) {
             return Err(refuse(format!("ring {index} is running: its base stays")));
         }
-        ring.base = Some(base.into());
+        ring.base = Some(base);
         self.start_if_complete(index)
     }
 
@@ -218,7 +231,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         ring.enabled = Some(enable);
         if enable && !matches!(ring.kick, Kick::Missing) {
             // The last message of every front-end: one that never sent a base means the beginning.
-            ring.base.get_or_insert(0);
+            ring.base.get_or_insert(rings::first_base(self.features));
         }
         self.update_enabled(index)?;
         self.start_if_complete(index)

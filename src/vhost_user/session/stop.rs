@@ -11,6 +11,7 @@ use vhost::vhost_user::Result;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
 use super::{Session, refuse};
+use crate::vhost_user::rings;
 
 /// `VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN`, which the `vhost` crate does not know yet.
 pub(super) const SKIP_DRAIN: Protocol = Protocol::from_bits_retain(1 << 23);
@@ -55,7 +56,7 @@ impl Session {
             // Never started, or stopped already: nothing is in flight.
             let base = self.rings[index].base;
             self.rings[index].stopped(base);
-            return Ok(base.unwrap_or(0));
+            return Ok(base.unwrap_or(rings::first_base(self.features)));
         }
         // Without a region there is nothing to leave a request in: it is completed.
         let how = match self.rings[index].is_kept() {

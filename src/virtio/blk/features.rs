@@ -29,12 +29,18 @@ pub const EVENT_IDX: u64 = 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 /// `VIRTIO_F_VERSION_1`.
 pub const VERSION_1: u64 = 1 << virtio_config::VIRTIO_F_VERSION_1;
 
+/// `VIRTIO_F_RING_PACKED`.
+pub const RING_PACKED: u64 = 1 << virtio_config::VIRTIO_F_RING_PACKED;
+
 /// The features of a disk: what virtio-blk and the rings offer. The bits of vhost and vhost-user are
 /// not among them.
 ///
 /// `SIZE_MAX` is never offered: there is no limit, and a `size_max` of 0 stops some drivers. `FLUSH`
 /// is always offered, and must be where `CONFIG_WCE` is (section 5.2.5.2). A read-only disk offers
 /// neither discard nor write-zeroes.
+///
+/// `IN_ORDER` is not offered: requests would wait for the slowest before them. `NOTIFICATION_DATA` is not: a kick
+/// is an eventfd, which carries no data, and QEMU takes the driver's longer write for a kick only on a slower path.
 pub fn offered(limits: &DeviceLimits) -> u64 {
     let mut features = SEG_MAX
         | BLK_SIZE
@@ -44,6 +50,7 @@ pub fn offered(limits: &DeviceLimits) -> u64 {
         | MQ
         | INDIRECT_DESC
         | EVENT_IDX
+        | RING_PACKED
         | VERSION_1;
     if limits.read_only {
         return features | READ_ONLY;

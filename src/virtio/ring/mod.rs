@@ -207,20 +207,17 @@ impl Ring {
         each!(self, ring => ring.push_used(slot, written))
     }
 
-    /// Whether [`Ring::publish`] has something to show.
+    /// Where the next pushed request will be shown. Split: the used index. Packed: the place of a descriptor, bit
+    /// 15 being the wrap counter.
     #[inline]
-    pub fn has_unpublished(&self) -> bool {
-        each!(self, ring => ring.has_unpublished())
+    pub fn next_used(&self) -> u16 {
+        each!(self, ring => ring.next_used())
     }
 
-    /// What the driver was shown last. Split: `used.idx`. Packed: the place behind the last used descriptor, in bit
-    /// 15 the wrap counter.
+    /// As [`Ring::next_used`], of what the driver has been shown: the same number if nothing is to be published.
     #[inline]
-    pub fn shown(&self) -> u16 {
-        match self {
-            Ring::Split(ring) => ring.published_used(),
-            Ring::Packed(ring) => ring.next_used(),
-        }
+    pub fn published_used(&self) -> u16 {
+        each!(self, ring => ring.published_used())
     }
 
     /// Shows the driver what was pushed, and says whether it wants an interrupt for that. `false` when nothing

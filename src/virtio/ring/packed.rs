@@ -97,6 +97,8 @@ struct Entry {
     num: u16,
     /// Of a chain's first entry: the last one.
     last: u16,
+    /// Of a chain's first entry: it is done, and not published.
+    pushed: bool,
 }
 
 /// Host addresses of a ring's parts, checked when they were made.
@@ -141,6 +143,8 @@ pub struct PackedRing {
     free_head: u16,
     /// Slots that are done, with the bytes written, since the last publication.
     done: Vec<(u16, u32)>,
+    /// Descriptors of all those.
+    unpublished: u16,
     /// What a predecessor had in flight and was not popped yet, the next one last.
     again: Vec<u16>,
     inflight: Option<PackedInflight>,
@@ -176,6 +180,7 @@ impl PackedRing {
             entries: (0..size).map(entry).collect(),
             free_head: 0,
             done: Vec::with_capacity(size.into()),
+            unpublished: 0,
             again: Vec::new(),
             inflight: None,
             cfg: *cfg,
@@ -330,13 +335,30 @@ impl PackedRing {
     /// [`PackedRing::publish`], which is also when the slot is free again.
     #[inline]
     pub fn push_used(&mut self, slot: u16, written: u32) {
+        let Some(entry) = self.entries.get_mut(usize::from(slot)) else {
+            return;
+        };
+        // Of a slot that is in flight, and once.
+        if entry.pushed || entry.num == 0 {
+            return;
+        }
+        entry.pushed = true;
+        self.unpublished += entry.num;
         self.done.push((slot, written));
     }
 
-    /// Whether there is something that the driver does not see yet.
+    /// The place behind what was pushed; bit 15 is the wrap counter.
     #[inline]
-    pub fn has_unpublished(&self) -> bool {
-        !self.done.is_empty()
+    pub fn next_used(&self) -> u16 {
+        self.next_used
+            .behind(self.unpublished, self.cfg.size)
+            .bits()
+    }
+
+    /// The place of the used descriptor that the driver looks at next; bit 15 is the wrap counter.
+    #[inline]
+    pub fn published_used(&self) -> u16 {
+        self.next_used.bits()
     }
 
     /// Writes the used descriptors of what was pushed, and says whether the driver wants an interrupt for them.
@@ -351,18 +373,16 @@ impl PackedRing {
         let size = self.cfg.size;
         let old = self.next_used;
         if let Some(inflight) = &mut self.inflight {
-            inflight.complete(&self.entries, &self.done, self.free_head, size);
+            let used = old.behind(self.unpublished, size);
+            inflight.complete(&self.entries, &self.done, self.free_head, used);
         }
-        let (mut at, mut total, mut first) = (old, 0u16, None);
+        let (mut at, mut first) = (old, None);
         for (slot, written) in &self.done {
             let Some(entry) = self.entries.get_mut(usize::from(*slot)) else {
                 continue;
             };
             let (id, num, last) = (entry.id, entry.num, entry.last);
-            if num == 0 {
-                continue;
-            }
-            entry.num = 0;
+            (entry.num, entry.pushed) = (0, false);
             // WRITE says that the length means something (section 2.8.4).
             let flags = at.used() | if *written > 0 { WRITE } else { 0 };
             let tail = u64::from(flags) << 48 | u64::from(id) << 32 | u64::from(*written);
@@ -378,7 +398,6 @@ impl PackedRing {
             }
             self.free_head = *slot;
             at = at.behind(num, size);
-            total += num;
         }
         if let Some(first) = first {
             // Release pairs with the driver's read barrier behind the flags: the other used descriptors, data and
@@ -391,6 +410,7 @@ impl PackedRing {
             inflight.settle(&self.done, self.free_head, at);
         }
         self.done.clear();
+        let total = std::mem::take(&mut self.unpublished);
         // What is used must be visible before the driver's wish is read; the driver writes its wish, then a full
         // barrier, then looks. Otherwise both sides can miss each other.
         fence(Ordering::SeqCst);
@@ -443,12 +463,6 @@ impl PackedRing {
         // 2.8.21.3.1).
         fence(Ordering::SeqCst);
         self.available()
-    }
-
-    /// Where the next used descriptor goes: bits 0 to 14 its place, bit 15 the wrap counter.
-    #[inline]
-    pub fn next_used(&self) -> u16 {
-        self.next_used.bits()
     }
 
     /// The same as [`RingConfig::base`]: the answer to `GET_VRING_BASE` once all is drained.

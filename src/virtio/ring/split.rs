@@ -295,12 +295,6 @@ impl SplitRing {
         }
     }
 
-    /// Whether elements were pushed that the driver does not see yet.
-    #[inline]
-    pub fn has_unpublished(&self) -> bool {
-        self.next_used != self.published
-    }
-
     /// Makes the pushed elements visible, and says whether the driver wants an interrupt for them.
     /// `false` when nothing was pushed.
     #[inline]

@@ -1,3 +1,4 @@
 //! What holds of a ring of either layout, as its driver sees it.
 
 mod kills;
+mod regions;

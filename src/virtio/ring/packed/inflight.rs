@@ -92,7 +92,10 @@ pub(super) fn take_up(
     if version != VERSION || features != 0 {
         return Err(InflightError::Unknown { version, features });
     }
-    if let Err(why) = record.repair(ring).and_then(|()| record.collect(ring)) {
+    if let Err(why) = record
+        .judge(ring)
+        .and_then(|shown| record.collect(ring, shown))
+    {
         // With nothing in flight nothing can be lost or repeated: the region of an earlier life of the ring is as
         // good as a fresh one.
         if region.packed(region.queue_size).is_some_and(|(_, all)| {
@@ -147,10 +150,11 @@ impl PackedInflight {
         }
     }
 
-    /// Finishes a batch whose first used descriptor is in the ring, and undoes one whose is not.
-    fn repair(&mut self, ring: &PackedRing) -> Result<(), InflightError> {
+    /// Takes a batch for finished whose first used descriptor is in the ring, and one whose is not for undone.
+    /// Gives the descriptors of the one that is finished. Nothing is changed yet.
+    fn judge(&mut self, ring: &PackedRing) -> Result<u16, InflightError> {
         let Some(header) = self.header.get(0) else {
-            return Ok(());
+            return Ok(0);
         };
         let size = ring.cfg.size;
         let found = header.desc_num.load(Ordering::Relaxed);
@@ -165,19 +169,21 @@ impl PackedInflight {
         }
         let (free_head, old_free_head) = header.free_heads();
         (self.free_head, self.used) = (old_free_head, old);
+        let mut shown = 0;
         // The specification compares the indices only; a batch may fill the whole ring.
         if used != old && flags(ring, old) != old.available() {
             (self.free_head, self.used) = (free_head, used);
+            shown = match used.wrap == old.wrap {
+                true => used.index.saturating_sub(old.index),
+                false => (used.index + size).saturating_sub(old.index),
+            };
         }
-        self.store_free_heads(self.free_head, self.free_head);
-        kill_point!("ring-packed-repaired");
-        then();
-        self.store_used(self.used, self.used);
-        Ok(())
+        Ok(shown)
     }
 
-    /// Finds what is in flight, copies it into the ring's entries, and lets the ring go on behind it.
-    fn collect(&mut self, ring: &mut PackedRing) -> Result<(), InflightError> {
+    /// Finds what is in flight, copies it into the ring's entries, and lets the ring go on behind it. `shown` are
+    /// the descriptors of the batch that is finished.
+    fn collect(&mut self, ring: &mut PackedRing, mut shown: u16) -> Result<(), InflightError> {
         let size = ring.cfg.size;
         let mut seen = vec![false; size.into()];
         let mut see = |index: u16| match seen.get_mut(usize::from(index)) {
@@ -193,6 +199,16 @@ impl PackedInflight {
         while let Some(state) = self.states.get(free) {
             see(free)?;
             all_free[usize::from(free)] = true;
+            // On the free list those of the finished batch are in flight, or the one chain whose fetching was not
+            // finished, which is the first.
+            if state.inflight.load(Ordering::Relaxed) != 0 {
+                let num = state.num.load(Ordering::Relaxed).max(1);
+                match shown.checked_sub(num) {
+                    Some(left) => shown = left,
+                    None if free == self.free_head && shown == 0 => {}
+                    None => return Err(InflightError::Lists(free)),
+                }
+            }
             let next = state.next.load(Ordering::Relaxed);
             entries[usize::from(free)].next = next;
             free = next;
@@ -254,8 +270,14 @@ impl PackedInflight {
         for (state, free) in self.states.iter().zip(&all_free) {
             if *free {
                 state.inflight.store(0, Ordering::Relaxed);
+                kill_point!("ring-packed-repaired");
             }
         }
+        then();
+        self.store_free_heads(self.free_head, self.free_head);
+        kill_point!("ring-packed-recovered");
+        then();
+        self.store_used(self.used, self.used);
         // Ties are no work of ours; they get some order.
         found.sort_unstable();
         // Only a counter that somebody overwrote can be the last one there is.
@@ -313,10 +335,9 @@ impl PackedInflight {
         &mut self,
         entries: &[Entry],
         done: &[(u16, u32)],
-        free_head: u16,
-        size: u16,
+        mut free_head: u16,
+        used: Position,
     ) {
-        let (mut free_head, mut used) = (free_head, self.used);
         for (slot, _) in done {
             let Some(head) = entries.get(usize::from(*slot)) else {
                 continue;
@@ -326,7 +347,6 @@ impl PackedInflight {
             }
             kill_point!("ring-packed-linked");
             free_head = *slot;
-            used = used.behind(head.num, size);
         }
         self.store_free_heads(free_head, self.free_head);
         kill_point!("ring-packed-freed");

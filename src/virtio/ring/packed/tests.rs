@@ -1,6 +1,8 @@
 use super::*;
 use crate::virtio::testing::{PackedDriver, memory};
 
+mod notify;
+
 const RAM: u64 = 0x20_0000;
 /// Data of chains, away from the rings at 0.
 const DATA: u64 = 0x10_0000;
@@ -101,13 +103,14 @@ fn a_request_goes_there_and_back() {
         assert_eq!(lens(chain.readable()), [16, 512]);
         assert_eq!(lens(chain.writable()), [1]);
         ring.push_used(slot, round % 3);
-        assert!(ring.has_unpublished());
+        assert_ne!(ring.next_used(), ring.published_used());
         assert_eq!(driver.used(), None, "not yet published");
         assert!(ring.publish());
         // The length means something only where something was written.
         let written = Some(round % 3).filter(|len| *len > 0);
         assert_eq!(driver.used(), Some((id, written)));
         assert_eq!(driver.used(), None);
+        assert_eq!(ring.next_used(), driver.next_used.bits());
         let place = u32::from(driver.next_avail.bits());
         assert_eq!(ring.base(), place | place << 16);
     }

@@ -145,7 +145,7 @@ fn lives<R: Requests>(mem: &GuestMemory, requests: R, seed: u64) -> u64 {
 }
 
 /// A fresh region, and its part for the last of `queues`.
-fn region(size: u16, queues: u16) -> (Arc<SharedMemory>, QueueRegion) {
+pub(super) fn region(size: u16, queues: u16) -> (Arc<SharedMemory>, QueueRegion) {
     let layout = InflightLayout {
         queues,
         queue_size: size,

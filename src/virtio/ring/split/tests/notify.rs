@@ -3,49 +3,15 @@
 //! In a release build it fails within a second when either of the ring's full fences is taken out; a
 //! debug build is too slow around them to be caught.
 
-use std::time::{Duration, Instant};
-
 use super::*;
-use crate::virtio::testing::Rng;
+use crate::virtio::testing::{Bell, Rng, dawdle};
 
-/// Only for a failing run: a lost notification would wait for ever.
-const GIVE_UP: Duration = Duration::from_secs(20);
 /// A debug build only shows that nothing else is wrong.
 const CHAINS: u32 = if cfg!(debug_assertions) {
     5_000
 } else {
     50_000
 };
-
-/// An eventfd without the system call: a thread that waits for one is soon back, so that the two
-/// threads meet in the few instructions that matter.
-struct Bell(AtomicU32);
-
-impl Bell {
-    fn ring(&self) {
-        self.0.fetch_add(1, Ordering::Release);
-    }
-
-    /// Waits until it rang after `heard`.
-    fn wait(&self, heard: &mut u32, what: &str) {
-        let (start, mut spins) = (Instant::now(), 0u32);
-        while self.0.load(Ordering::Acquire) == *heard {
-            spins += 1;
-            if spins % 256 == 0 {
-                assert!(start.elapsed() < GIVE_UP, "{what} was lost");
-                std::thread::yield_now();
-            }
-            std::hint::spin_loop();
-        }
-        *heard = self.0.load(Ordering::Acquire);
-    }
-}
-
-fn dawdle(rng: &mut Rng) {
-    for _ in 0..rng.below(40) {
-        std::hint::spin_loop();
-    }
-}
 
 fn field(driver: &Driver, addr: u64) -> &'static AtomicU16 {
     let ptr = driver.mem.host_ptr(addr, 2).unwrap().cast::<AtomicU16>();
@@ -138,7 +104,7 @@ fn no_notification_is_lost_between_a_driver_and_a_device() {
         let mut driver = Driver::new(&mem, 0x1000, 8, 65000);
         driver.cfg.event_idx = event_idx;
         let mut ring = ring(&driver);
-        let (kick, interrupt) = (Bell(AtomicU32::new(0)), Bell(AtomicU32::new(0)));
+        let (kick, interrupt) = (Bell::default(), Bell::default());
         std::thread::scope(|scope| {
             let (ring, kick, interrupt) = (&mut ring, &kick, &interrupt);
             scope.spawn(move || serve(ring, kick, interrupt));
