@@ -39,6 +39,15 @@ mod counted {
     }
 }
 
+/// A place where a test may end this process: see [`crate::kill_point`].
+macro_rules! kill_point {
+    ($name:literal) => {
+        #[cfg(debug_assertions)]
+        $crate::kill_point::pass($name);
+    };
+}
+pub(crate) use kill_point;
+
 /// The same without a process: what runs is left in the middle, by unwinding.
 #[cfg(test)]
 pub(crate) mod simulated {
@@ -75,12 +84,3 @@ pub(crate) mod simulated {
         }
     }
 }
-
-/// A place where a test may end this process: see [`crate::kill_point`].
-macro_rules! kill_point {
-    ($name:literal) => {
-        #[cfg(debug_assertions)]
-        $crate::kill_point::pass($name);
-    };
-}
-pub(crate) use kill_point;

@@ -2,8 +2,8 @@
 //!
 //! A slot is a task that lives as long as the ring: it waits to be started, runs one request to its
 //! end, and waits again. So the state of a request is a Rust future that was allocated once, and a slot
-//! is named by the head descriptor of the request it runs; a driver that makes a head available again
-//! before its request has ended breaks the ring.
+//! is named by what the ring popped: in a split ring the head descriptor of the request it runs. A driver that
+//! makes a head available again before its request has ended breaks the ring.
 
 use std::cell::{Cell, RefCell};
 use std::fs::File;

@@ -7,6 +7,8 @@ use super::memory::GuestMemory;
 use super::ring::{ChainBuf, SplitRing};
 use super::testing::{Desc, Driver, INDIRECT, NEXT, Rng, WRITE, desc, memory, write_bytes};
 
+mod packed;
+
 const REGIONS: [(u64, u64); 3] = [(0, 0x8000), (0x8000, 0x1001), (0x20_0000, 0x2000)];
 const CAPACITY: u64 = 1 << 20;
 
