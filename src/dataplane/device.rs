@@ -13,7 +13,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use log::{error, info};
+use log::{error, info, warn};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -21,6 +21,7 @@ use super::Dataplane;
 use super::mailbox::{Command, RingFile, RingKey, Start};
 use super::stats::RingStats;
 use crate::block::{self, ActiveDisk, Disk};
+use crate::kill_point::kill_point;
 use crate::reactor::{Io, IoConfig};
 use crate::shared_memory::SharedPart;
 use crate::virtio::blk::DeviceLimits;
@@ -368,6 +369,13 @@ impl BlkDevice {
                 error!("{}: {error}", self.name());
             }
         }
+        let mut control = lock(&self.control);
+        if control.rings.is_empty() {
+            // A stop may have failed to give it back.
+            if let Err(error) = self.give_back(&mut control) {
+                error!("{}: {error}", self.name());
+            }
+        }
     }
 
     /// Replaces guest memory under the running rings.
@@ -456,6 +464,7 @@ impl BlkDevice {
     fn take_image(&self, journal: Option<SharedPart>) -> Result<Arc<ActiveDisk>, DeviceError> {
         let io = self.control_io()?;
         let start = Instant::now();
+        let mut waits = false;
         let taken = loop {
             let activate = self
                 .disk
@@ -465,6 +474,10 @@ impl BlkDevice {
                     if error.kind() == block::ErrorKind::Locked
                         && start.elapsed() < LOCK_PATIENCE =>
                 {
+                    if !std::mem::replace(&mut waits, true) {
+                        let patience = LOCK_PATIENCE.as_secs();
+                        info!("{}: waiting up to {patience} s: {error}", self.name());
+                    }
                     std::thread::sleep(LOCK_RETRY);
                 }
                 other => break other,
@@ -474,14 +487,32 @@ impl BlkDevice {
         Ok(taken?)
     }
 
+    /// Gives the image back, everything flushed. If that can not be flushed the image stays taken, and locked:
+    /// nobody is to go on with what would be lost. The next ring that starts here goes on with all of it, and the
+    /// next stop tries again.
     fn give_back(&self, control: &mut Control) -> Result<(), DeviceError> {
-        let Some(disk) = control.active.take() else {
+        let Some(disk) = &control.active else {
             return Ok(());
         };
         let io = self.control_io()?;
-        let result = io.block_on(disk.deactivate(&io));
+        let flushed = io.block_on(disk.flush(&io));
+        kill_point!("stop-flushed");
+        if let Some(disk) = control.active.take_if(|_| flushed.is_ok()) {
+            if let Err(error) = io.block_on(disk.deactivate(&io)) {
+                // All is durable, and the image consistent; space that was reserved may be lost to it.
+                warn!("{}: giving reserved space back: {error}", self.name());
+            }
+            kill_point!("stop-released");
+        }
         io.close();
-        Ok(result?)
+        flushed.map_err(|error| {
+            error!(
+                "{}: the image could not be flushed and stays locked, with what was written in memory; it is \
+                 tried again when a ring has run and stopped",
+                self.name()
+            );
+            error.into()
+        })
     }
 
     fn control_io(&self) -> std::io::Result<Io> {

@@ -8,10 +8,10 @@ mod vm;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{Random, program};
+use common::{Random, SOON, program, until};
 use vhost_user_frontend as frontend;
 
-use frontend::{Daemon, Disk, Memory, Program, TempDir};
+use frontend::{Daemon, Disk, Memory, Program, TempDir, process};
 use vm::{DISK, Log, Vm, Vmm};
 
 /// An overlay that writes must copy into, and what it shows.
@@ -59,8 +59,21 @@ impl Host {
         Self { daemon, _dir: dir }
     }
 
+    /// A daemon that a shell has prepared with `words`.
+    fn prepared(dir: &TempDir, image: &Path, words: &str) -> Self {
+        let Program::Virtioblkd(path) = program() else {
+            panic!("a test of virtioblkd");
+        };
+        let script = dir.join("prepared");
+        let text = format!("#!/bin/sh\n{words}\nexec '{}' \"$@\"\n", path.display());
+        std::fs::write(&script, text).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&script, mode).unwrap();
+        Self::with(&Program::Virtioblkd(script), image)
+    }
+
     fn connect(&self, vm: &Vm) -> Vmm {
-        Vmm::connect(self.daemon.socket(), vm, 0)
+        Vmm::connect(self.daemon.socket(), vm)
     }
 
     /// As a source: with the rings started and a region for what is in flight.
@@ -131,18 +144,7 @@ fn without_marks_pages_are_stale() {
     let dir = TempDir::new();
     let (image, contents) = image(&dir);
     let mut vm = Vm::new(contents, 2);
-    let Program::Virtioblkd(path) = program() else {
-        return;
-    };
-    let muted = dir.join("muted");
-    let script = format!(
-        "#!/bin/sh\nVIRTIOBLKD_MUTE_DIRTY_LOG=1 exec '{}' \"$@\"\n",
-        path.display()
-    );
-    std::fs::write(&muted, script).unwrap();
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    std::fs::set_permissions(&muted, mode).unwrap();
-    let host = Host::with(&Program::Virtioblkd(muted), &image);
+    let host = Host::prepared(&dir, &image, "export VIRTIOBLKD_MUTE_DIRTY_LOG=1");
     let source = host.boot(&mut vm);
     let log = Log::new();
     let copy = copy_while_running(&mut vm, &source, &log);
@@ -153,4 +155,215 @@ fn without_marks_pages_are_stale() {
     if cfg!(debug_assertions) {
         assert!(stale > 100, "{stale} stale pages");
     }
+}
+
+#[test]
+fn cancelled_midway_the_source_goes_on_and_marks_nothing_more() {
+    let dir = TempDir::new();
+    let (image, contents) = image(&dir);
+    let mut vm = Vm::new(contents, 3);
+    let (host, other) = (Host::new(&image), Host::new(&image));
+    let source = host.boot(&mut vm);
+    for _ in 0..3 {
+        let target = other.connect(&vm);
+        let log = Log::new();
+        let copy = copy_while_running(&mut vm, &source, &log);
+        source.set_logging(&vm, false);
+        // All marks were in before that was answered.
+        log.take();
+        vm.run(200);
+        assert_eq!(log.take(), []);
+        assert!(!vm.stale(&copy).is_empty());
+        // QEMU at the target ends, with no ring ever started.
+        drop(target);
+    }
+    vm.check_disk();
+    source.stop();
+    assert!(qemu_img(&["check", "-q"], &[&image]));
+}
+
+#[test]
+fn the_source_takes_the_disk_back_when_the_target_fails() {
+    let dir = TempDir::new();
+    let (image, contents) = image(&dir);
+    let mut vm = Vm::new(contents, 4);
+    let host = Host::new(&image);
+    let source = host.boot(&mut vm);
+    for dies in [false, true, false] {
+        let mut other = Host::new(&image);
+        let target = other.connect(&vm);
+        let log = Log::new();
+        let copy = copy_while_running(&mut vm, &source, &log);
+        let bases = source.stop();
+        vm.copy(log.take(), &copy);
+        assert_eq!(vm.stale(&copy), []);
+        if dies {
+            other.daemon.kill();
+        }
+        drop(target);
+        // As when a VM that was paused goes on: the rings start where they stopped.
+        source.start(&mut vm, bases, true).unwrap();
+        assert!(!is_free(&image));
+        vm.run(200);
+        source.set_logging(&vm, false);
+        vm.run(200);
+    }
+    vm.check_disk();
+    source.stop();
+    assert!(qemu_img(&["check", "-q"], &[&image]));
+}
+
+#[test]
+fn the_source_takes_the_disk_back_from_a_target_that_dies_with_it() {
+    let dir = TempDir::new();
+    let (image, contents) = image(&dir);
+    let mut vm = Vm::new(contents, 5);
+    let (host, mut other) = (Host::new(&image), Host::new(&image));
+    let source = host.boot(&mut vm);
+    vm.run(300);
+    vm.drain();
+    let bases = source.stop();
+    // The target has taken the image, and the VM has not run there.
+    let target = other.connect(&vm);
+    target.start(&mut vm, bases, false).unwrap();
+    assert!(!is_free(&image));
+    other.daemon.kill();
+    source.start(&mut vm, bases, false).unwrap();
+    vm.run(300);
+    vm.check_disk();
+    source.stop();
+    assert!(qemu_img(&["check", "-q"], &[&image]));
+}
+
+#[test]
+fn a_target_that_comes_a_moment_early_waits_for_the_lock() {
+    let dir = TempDir::new();
+    let (image, contents) = image(&dir);
+    let mut vm = Vm::new(contents, 6);
+    let (host, other) = (Host::new(&image), Host::new(&image));
+    let source = host.boot(&mut vm);
+    vm.run(300);
+    vm.drain();
+    let target = other.connect(&vm);
+    let bases = [0, 1].map(|queue| vm.available(queue));
+    std::thread::scope(|scope| {
+        let begun = scope.spawn(|| target.start(&mut vm, bases, false));
+        until("the target has tried", || {
+            other.daemon.log().contains("waiting up to")
+        });
+        assert_eq!(source.stop(), bases);
+        begun.join().unwrap().unwrap();
+    });
+    vm.run(300);
+    vm.check_disk();
+    target.stop();
+    assert!(qemu_img(&["check", "-q"], &[&image]));
+}
+
+#[test]
+fn a_target_sees_what_became_of_the_image_since_it_opened_it() {
+    let dir = TempDir::new();
+    let (image, contents) = image(&dir);
+    let mut vm = Vm::new(contents, 7);
+    let (host, other) = (Host::new(&image), Host::new(&image));
+    let source = host.boot(&mut vm);
+    let target = other.connect(&vm);
+    vm.run(1000);
+    vm.drain();
+    let bases = source.stop();
+    // A new L1 table, every cluster shared, and another backing file.
+    assert!(qemu_img(&["snapshot", "-c", "s"], &[&image]));
+    let base = dir.join("other.raw");
+    std::fs::copy(dir.join("base.raw"), &base).unwrap();
+    std::fs::remove_file(dir.join("base.raw")).unwrap();
+    assert!(qemu_img(
+        &["rebase", "-u", "-F", "raw", "-b"],
+        &[&base, &image]
+    ));
+    target.start(&mut vm, bases, false).unwrap();
+    vm.run(1000);
+    vm.check_disk();
+    target.stop();
+    assert!(qemu_img(&["check", "-q"], &[&image]));
+}
+
+/// Bounds the length of files that a process writes, as a file system without space would.
+fn limit_files(pid: u32, bytes: u64) {
+    let limit = libc::rlimit {
+        rlim_cur: bytes,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // SAFETY: one valid rlimit, and nothing asked for.
+    let done = unsafe {
+        libc::prlimit(
+            pid as i32,
+            libc::RLIMIT_FSIZE,
+            &raw const limit,
+            std::ptr::null_mut(),
+        )
+    };
+    assert_eq!(done, 0);
+}
+
+#[test]
+fn a_stop_that_can_not_flush_is_not_answered_and_keeps_the_lock() {
+    let dir = TempDir::new();
+    let (image, contents) = image(&dir);
+    let mut vm = Vm::new(contents, 8);
+    let host = Host::prepared(&dir, &image, "trap '' XFSZ");
+    // New clusters, whose mappings are in memory only.
+    vm.flushes = false;
+    let source = host.boot(&mut vm);
+    vm.run(30);
+    vm.drain();
+    let bases = [0, 1].map(|queue| vm.available(queue));
+    limit_files(host.daemon.pid(), 4096);
+    let answers = [0, 1].map(|index| source.client.get_vring_base(index));
+    assert!(
+        answers.iter().any(Result::is_err),
+        "{answers:?}\n{}",
+        host.daemon.log()
+    );
+    assert!(source.client.closed_within(SOON).unwrap());
+    until("it has tried again", || {
+        host.daemon.log().matches("stays locked").count() >= 2
+    });
+    assert!(!is_free(&image), "nobody goes on with what would be lost");
+    // There is space again: a VMM that comes back finds everything.
+    limit_files(host.daemon.pid(), libc::RLIM_INFINITY);
+    let source = host.connect(&vm);
+    source.start(&mut vm, bases, false).unwrap();
+    vm.run(500);
+    vm.check_disk();
+    source.stop();
+    assert!(is_free(&image));
+    assert!(qemu_img(&["check", "-q"], &[&image]));
+}
+
+#[test]
+fn nothing_stays_behind_of_many_migrations() {
+    let dir = TempDir::new();
+    let (image, contents) = image(&dir);
+    let mut vm = Vm::new(contents, 10);
+    let host = Host::new(&image);
+    let mut counts = Vec::new();
+    for _ in 0..4 {
+        let source = host.boot(&mut vm);
+        source.log_on(&vm, &Log::new());
+        vm.run(100);
+        vm.drain();
+        source.stop();
+        drop(source);
+        vm.reset();
+        let pid = host.daemon.pid();
+        until("the daemon has seen the end", || {
+            host.daemon.log().matches("the VMM is gone").count() > counts.len()
+        });
+        counts.push((
+            process::fd_count(pid).unwrap(),
+            process::mappings_of(pid, "memfd").unwrap(),
+        ));
+    }
+    assert_eq!(counts[1], counts[3]);
+    assert_eq!(counts[3].1, 0, "memory of a VMM that is gone");
 }

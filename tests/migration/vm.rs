@@ -63,6 +63,8 @@ pub struct Vm {
     random: Random,
     guest_pages: BTreeSet<u64>,
     pub completed: u64,
+    /// The guest flushes now and then.
+    pub flushes: bool,
 }
 
 fn specs() -> Vec<RegionSpec> {
@@ -115,6 +117,7 @@ impl Vm {
             random: Random::new(seed),
             guest_pages,
             completed: 0,
+            flushes: true,
         }
     }
 
@@ -123,7 +126,7 @@ impl Vm {
         let at = index as u64 * SLOT_BYTES + random.below(SLOT_BYTES / 512 - 32) * 512;
         let len = 512 * (1 + random.below(DATA_BYTES / 512));
         let slot = &mut self.slots[index];
-        let kind = random.below(16);
+        let kind = random.below(15 + u64::from(self.flushes));
         let (ty, running, out, data) = match kind {
             0..=7 => (request_type::IN, Running::Read { at, len }, 0, len),
             8..=13 => {
@@ -192,6 +195,17 @@ impl Vm {
             }
         }
         self.queues.iter_mut().for_each(SplitQueue::publish);
+    }
+
+    /// Where a ring goes on when all that was made available has completed.
+    pub fn available(&self, queue: usize) -> u32 {
+        u32::from(self.queues[queue].next_avail())
+    }
+
+    /// The guest's driver begins anew.
+    pub fn reset(&mut self) {
+        assert_eq!(self.running(), 0);
+        self.queues.iter_mut().for_each(SplitQueue::reset);
     }
 
     /// Begins nothing more, and waits for all that was begun.
@@ -339,12 +353,11 @@ impl Log {
 pub struct Vmm {
     pub client: Client,
     features: u64,
-    protocol: u64,
 }
 
 impl Vmm {
-    /// The handshake: everything but the rings. `protocol` are the protocol features wanted besides the usual.
-    pub fn connect(socket: &Path, vm: &Vm, protocol: u64) -> Self {
+    /// The handshake: everything but the rings.
+    pub fn connect(socket: &Path, vm: &Vm) -> Self {
         let deadline = Instant::now() + SOON;
         let (mut client, offered) = loop {
             let client = Client::connect_within(socket, SOON).unwrap();
@@ -358,18 +371,14 @@ impl Vmm {
             }
         };
         let usual = protocol_feature::USUAL & !protocol_feature::BACKEND_REQ;
-        let protocol = client.get_protocol_features().unwrap() & (usual | protocol);
+        let protocol = client.get_protocol_features().unwrap() & usual;
         client.set_protocol_features(protocol).unwrap();
         client.set_owner().unwrap();
         let features = offered & (feature::LINUX | feature::PROTOCOL_FEATURES);
         client.set_features(features).unwrap();
         assert_eq!(client.get_config(0, 60).unwrap().len(), 60);
         client.set_mem_table(&vm.memory).unwrap();
-        Self {
-            client,
-            features,
-            protocol,
-        }
+        Self { client, features }
     }
 
     /// Asks for an inflight region of this VM's shape.
