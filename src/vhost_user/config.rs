@@ -1,6 +1,7 @@
 //! The messages about the device's configuration space.
 
 use super::device::Device;
+use crate::virtio::blk::config::WRITE_CACHE_OFFSET;
 
 /// Where some front-ends believe the device's configuration to begin, after the header of a virtio-pci
 /// legacy BAR (`VHOST_USER_CONFIG_OFFSET` of the `vhost` crate, which cloud-hypervisor passes).
@@ -24,7 +25,23 @@ pub(super) fn has_capacity(offset: u32, len: u32) -> bool {
     normalized(offset) == 0 && len >= 8
 }
 
-/// Writes to the configuration space.
+/// Writes to the configuration space. A VMM may write more than the field that changes, all of it in a migration
+/// (vhost-user.rst, `VHOST_USER_SET_CONFIG`): that is accepted if nothing else would change.
 pub(super) fn write(device: &dyn Device, offset: u32, data: &[u8]) -> Result<(), String> {
-    device.set_config(normalized(offset), data)
+    let offset = normalized(offset);
+    let at = WRITE_CACHE_OFFSET.checked_sub(offset).map(|at| at as usize);
+    let Some(at) = at.filter(|at| data.len() > 1 && *at < data.len()) else {
+        return device.set_config(offset, data);
+    };
+    let ours = read(device, offset, data.len() as u32)?;
+    match (0..)
+        .zip(data.iter().zip(&ours))
+        .find(|(n, (a, b))| *n != at && a != b)
+    {
+        Some((n, _)) => Err(format!(
+            "byte {} of the configuration is not what it is here",
+            offset as usize + n
+        )),
+        None => device.set_config(WRITE_CACHE_OFFSET, &data[at..=at]),
+    }
 }

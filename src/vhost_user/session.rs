@@ -5,6 +5,7 @@ mod log;
 mod messages;
 mod notices;
 mod postcopy;
+mod state;
 mod stop;
 
 use std::fs::File;
@@ -50,6 +51,7 @@ pub(super) const PROTOCOL_FEATURES: Protocol = Protocol::MQ
     .union(Protocol::INFLIGHT_SHMFD)
     .union(Protocol::RESET_DEVICE)
     .union(Protocol::STATUS)
+    .union(Protocol::DEVICE_STATE)
     .union(Protocol::GET_VRING_BASE_INFLIGHT)
     .union(stop::SKIP_DRAIN);
 
@@ -73,6 +75,7 @@ pub(super) struct Session {
     inflight: Option<inflight::Region>,
     log: log::Log,
     notices: notices::Notices,
+    transfer: Option<state::Transfer>,
 }
 
 fn refuse(why: impl Into<String>) -> Error {
@@ -101,6 +104,7 @@ impl Session {
             inflight: None,
             log: log::Log::default(),
             notices: notices::Notices::default(),
+            transfer: None,
         }
     }
 

@@ -21,7 +21,7 @@ pub(crate) const FEATURES: u64 = 1 << 32 | 1 << 29 | 1 << 28 | 1 << 12 | 1 << 9;
 pub(crate) const BIT_30: u64 = 1 << 30;
 /// LOG_ALL, which the session offers besides.
 pub(crate) const LOG_ALL: u64 = 1 << 26;
-/// MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS,
+/// MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS, DEVICE_STATE,
 /// GET_VRING_BASE_INFLIGHT and GET_VRING_BASE_SKIP_DRAIN.
 pub(crate) const PROTOCOL: u64 = 1
     | 1 << 1
@@ -32,6 +32,7 @@ pub(crate) const PROTOCOL: u64 = 1
     | 1 << 13
     | 1 << 15
     | 1 << 16
+    | 1 << 19
     | 1 << 20
     | 1 << 23;
 /// Offered only where this process may have a userfaultfd.

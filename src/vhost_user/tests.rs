@@ -9,6 +9,7 @@ mod messages;
 mod packed;
 mod postcopy;
 mod rings;
+mod state;
 mod stop;
 
 use std::io::{Read, Seek, Write};

@@ -5,6 +5,9 @@
 mod common;
 mod vm;
 
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -366,4 +369,57 @@ fn nothing_stays_behind_of_many_migrations() {
     }
     assert_eq!(counts[1], counts[3]);
     assert_eq!(counts[3].1, 0, "memory of a VMM that is gone");
+}
+
+/// Offset of the write cache's mode in the configuration space.
+const WRITE_CACHE: u32 = 32;
+
+#[test]
+fn the_write_cache_mode_that_the_guest_chose_goes_along() {
+    let dir = TempDir::new();
+    let (image, contents) = image(&dir);
+    let mut vm = Vm::new(contents, 11);
+    let hosts = [Host::new(&image), Host::new(&image), Host::new(&image)];
+    let mode = |vmm: &Vmm| vmm.client.get_config(WRITE_CACHE, 1).unwrap()[0];
+    let source = hosts[0].boot(&mut vm);
+    assert_eq!(mode(&source), 1);
+    source.client.set_config(WRITE_CACHE, 0, &[0]).unwrap();
+    vm.run(100);
+    vm.drain();
+    let bases = source.stop();
+
+    // A VMM that takes the configuration space along.
+    let all = source.client.get_config(0, 60).unwrap();
+    let target = hosts[1].connect(&vm);
+    assert_eq!(mode(&target), 1);
+    target.client.set_config(0, 1, &all).unwrap();
+    assert_eq!(mode(&target), 0);
+    target.start(&mut vm, bases, false).unwrap();
+    vm.run(100);
+    vm.drain();
+    let bases = target.stop();
+
+    // One that asks for the device's state, through pipes of its own.
+    let (mut reader, writer) = UnixStream::pair().unwrap();
+    let offered = target.client.set_device_state_fd(false, writer.as_raw_fd());
+    assert!(offered.unwrap().is_none());
+    drop(writer);
+    let mut state = Vec::new();
+    reader.read_to_end(&mut state).unwrap();
+    target.client.check_device_state().unwrap();
+    let last = hosts[2].connect(&vm);
+    assert_eq!(mode(&last), 1);
+    let (reader, mut writer) = UnixStream::pair().unwrap();
+    last.client
+        .set_device_state_fd(true, reader.as_raw_fd())
+        .unwrap();
+    writer.write_all(&state).unwrap();
+    drop(writer);
+    last.client.check_device_state().unwrap();
+    assert_eq!(mode(&last), 0);
+    last.start(&mut vm, bases, false).unwrap();
+    vm.run(100);
+    vm.check_disk();
+    last.stop();
+    assert!(qemu_img(&["check", "-q"], &[&image]));
 }

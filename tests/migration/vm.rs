@@ -371,7 +371,8 @@ impl Vmm {
             }
         };
         let usual = protocol_feature::USUAL & !protocol_feature::BACKEND_REQ;
-        let protocol = client.get_protocol_features().unwrap() & usual;
+        let wanted = usual | protocol_feature::DEVICE_STATE;
+        let protocol = client.get_protocol_features().unwrap() & wanted;
         client.set_protocol_features(protocol).unwrap();
         client.set_owner().unwrap();
         let features = offered & (feature::LINUX | feature::PROTOCOL_FEATURES);

@@ -303,15 +303,16 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_device_state_fd(
         &mut self,
-        _direction: VhostTransferStateDirection,
+        direction: VhostTransferStateDirection,
         _phase: VhostTransferStatePhase,
-        _fd: File,
+        fd: File,
     ) -> Result<Option<File>> {
-        Err(refuse("DEVICE_STATE was not offered"))
+        // The VMM's own descriptor does.
+        self.transfer_state(direction, fd).map(|()| None)
     }
 
     fn check_device_state(&mut self) -> Result<()> {
-        Err(refuse("DEVICE_STATE was not offered"))
+        self.check_state()
     }
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {

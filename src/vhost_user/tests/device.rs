@@ -51,9 +51,16 @@ fn config_is_written_where_it_may_be() {
     assert!(bench.try_set(Req::SET_CONFIG, &write(32, &[1]), &[]));
     assert!(bench.try_set(Req::SET_CONFIG, &write(0x120, &[0]), &[]));
     assert!(!bench.try_set(Req::SET_CONFIG, &write(0, &[0; 8]), &[]));
+    // All of it, as in a migration, is the same with the write cache's mode in it.
+    let mut all: Vec<u8> = (0..60).collect();
+    all[32] = 1;
+    assert!(bench.try_set(Req::SET_CONFIG, &write(0, &all), &[]));
+    assert!(bench.try_set(Req::SET_CONFIG, &write(30, &all[30..40]), &[]));
+    all[8] ^= 1;
+    assert!(!bench.try_set(Req::SET_CONFIG, &write(0, &all), &[]));
     assert_eq!(
         bench.device.calls(),
-        [Asked::SetConfig(32, vec![1]), Asked::SetConfig(32, vec![0])]
+        [1, 0, 1, 1].map(|mode| Asked::SetConfig(32, vec![mode]))
     );
 }
 

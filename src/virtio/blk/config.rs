@@ -265,6 +265,9 @@ impl DeviceConfig {
     }
 }
 
+/// Where the write cache's mode is (`writeback`): one byte, 1 with a cache.
+pub const WRITE_CACHE_OFFSET: u32 = offset_of!(virtio_blk_config, wce) as u32;
+
 /// An offset in the structure, whichever way the frontend counts.
 fn normalize(offset: u32) -> usize {
     offset.checked_sub(OTHER_BASE).unwrap_or(offset) as usize
