@@ -14,6 +14,7 @@
 pub mod device;
 mod dirty;
 mod mailbox;
+mod notifier;
 pub mod poll;
 mod queue;
 pub mod stats;

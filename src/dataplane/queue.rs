@@ -8,7 +8,6 @@
 use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::future::poll_fn;
-use std::io::{Read, Write};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,6 +19,7 @@ use log::{error, info, warn};
 use super::device::DeviceShared;
 use super::dirty::{MarkError, Marks};
 use super::mailbox::{RingFile, RingKey, Start};
+use super::notifier::{Notifier, take_kicks};
 use super::stats::RingStats;
 use crate::block::{self, ActiveDisk};
 use crate::kill_point::kill_point;
@@ -48,8 +48,8 @@ pub(super) struct Queue {
     kick: RefCell<Option<TaskId>>,
     /// No kick file: the driver never notifies, so the ring is always polled.
     polled: Cell<bool>,
-    call: RefCell<Option<File>>,
-    err: RefCell<Option<File>>,
+    call: RefCell<Option<Notifier>>,
+    err: RefCell<Option<Notifier>>,
     in_flight: Cell<u32>,
     enabled: Cell<bool>,
     broken: Cell<bool>,
@@ -100,7 +100,7 @@ impl Queue {
             kick: RefCell::new(None),
             polled: Cell::new(false),
             call: RefCell::new(None),
-            err: RefCell::new(start.err),
+            err: RefCell::new(start.err.map(Notifier::new)),
             in_flight: Cell::new(0),
             enabled: Cell::new(start.enabled),
             broken: Cell::new(false),
@@ -171,11 +171,11 @@ impl Queue {
                 }
             }
             RingFile::Call => {
-                self.call.replace(file);
+                self.call.replace(file.map(Notifier::new));
                 self.interrupt();
             }
             RingFile::Err => {
-                self.err.replace(file);
+                self.err.replace(file.map(Notifier::new));
             }
         }
     }
@@ -433,9 +433,9 @@ impl Queue {
     }
 
     fn interrupt(&self) {
-        if let Some(mut call) = self.call.borrow().as_ref() {
+        if let Some(call) = self.call.borrow().as_ref() {
             self.stats.interrupts.count();
-            match call.write(&1u64.to_ne_bytes()) {
+            match call.signal() {
                 // Full: it has been signalled and not taken, so the driver will look.
                 Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => {
                     self.complain(&format_args!("call file: {error}"));
@@ -474,8 +474,8 @@ impl Queue {
             "{}: ring {} is broken and stopped: {why}; the guest must reset the device",
             self.device.name, self.key.1
         );
-        if let Some(mut err) = self.err.borrow().as_ref() {
-            if let Err(error) = err.write(&1u64.to_ne_bytes()) {
+        if let Some(err) = self.err.borrow().as_ref() {
+            if let Err(error) = err.signal() {
                 warn!(
                     "{}: ring {}: error file: {error}",
                     self.device.name, self.key.1
@@ -591,18 +591,15 @@ async fn serve(queue: Rc<Queue>, slot: Rc<Slot>, head: u16) {
 async fn watch_kicks(io: Io, kick: IoFile, stats: Arc<RingStats>) {
     loop {
         match io.readable(&kick).await {
-            Ok(events) if events & libc::POLLIN as u32 != 0 => {
-                let mut count = [0; 8];
-                match kick.get().read(&mut count) {
-                    Ok(0) => break,
-                    Ok(_) => stats.kicks.count(),
-                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-                    Err(error) => {
-                        warn!("kick file: {error}; the ring is no longer notified");
-                        break;
-                    }
+            Ok(events) if events & libc::POLLIN as u32 != 0 => match take_kicks(kick.get()) {
+                Ok(0) => break,
+                Ok(_) => stats.kicks.count(),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => {
+                    warn!("kick file: {error}; the ring is no longer notified");
+                    break;
                 }
-            }
+            },
             // Hung up: a pipe whose other end is gone.
             Ok(_) => break,
             Err(error) => {

@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use super::listener::socket_option;
-use super::peek::{FLAG_NEED_REPLY, FLAG_REPLY, FLAG_VERSION, HEADER_SIZE};
+use super::peek::{FLAG_NEED_REPLY, FLAG_REPLY, FLAG_VERSION, HEADER_SIZE, hung_up};
 
 /// `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`.
 const CONFIG_CHANGE_MSG: u32 = 2;
@@ -67,6 +67,9 @@ impl Channel {
         let sock = UnixStream::from(fd);
         if let Err(error) = sock.peer_addr() {
             return refused(format!("it is not connected: {error}"));
+        }
+        if hung_up(&sock) {
+            return refused("its other end is closed".to_owned());
         }
         Ok(Self {
             sock,

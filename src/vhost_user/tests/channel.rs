@@ -263,12 +263,14 @@ fn channel_that_is_no_connected_socket_is_refused() {
     let listening = tempfile::tempdir().unwrap();
     let listening = std::os::unix::net::UnixListener::bind(listening.path().join("s")).unwrap();
     let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let (alone, _) = UnixStream::pair().unwrap();
     let null: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
     let folder: OwnedFd = std::fs::File::open("/").unwrap().into();
     for fd in [
         datagram.as_raw_fd(),
         listening.as_raw_fd(),
         udp.as_raw_fd(),
+        alone.as_raw_fd(),
         null.as_raw_fd(),
         folder.as_raw_fd(),
         memfd(4096).as_raw_fd(),
