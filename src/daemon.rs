@@ -9,6 +9,7 @@
 //! sockets, and [`Daemon::run`].
 
 mod disk;
+mod notify;
 mod pid_file;
 mod poller;
 mod signals;
@@ -246,6 +247,9 @@ impl Daemon {
             }
         }
 
+        if threads.first_error.is_none() {
+            notify::notify(notify::READY);
+        }
         if let Err(error) = threads.watch(&poller, signals, &done, &ended, (&stopper, &refresher)) {
             // Nobody could end the disks any more.
             stopper.stop();
@@ -302,6 +306,7 @@ impl Threads {
                         }
                         libc::SIGTERM | libc::SIGINT => {
                             info!("signal {signal}: draining; a second signal ends at once");
+                            notify::notify(notify::STOPPING);
                             stopping = true;
                             stopper.stop();
                         }
