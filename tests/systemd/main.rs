@@ -1,7 +1,9 @@
 //! The daemon as a service of systemd, without systemd: sockets that are passed, readiness that is told, the unit
 //! files, and the descriptor for management software.
 
+#[path = "../common/mod.rs"]
 mod common;
+mod filter;
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixDatagram, UnixListener};
@@ -61,11 +63,14 @@ impl Manager {
             .env("LISTEN_FDNAMES", "vm1")
             .env("NOTIFY_SOCKET", self.dir.join("notify"));
         let fd = self.socket.as_raw_fd();
-        // SAFETY: dup2 may be called between fork and exec; 3 is nobody else's there.
+        // SAFETY: both calls may be made between fork and exec; 3 is nobody else's there. If it is 3 already, only
+        // the flag that closes it has to go.
         unsafe {
-            command.pre_exec(move || match libc::dup2(fd, 3) {
-                3 => Ok(()),
-                _ => Err(std::io::Error::last_os_error()),
+            command.pre_exec(move || {
+                if libc::dup2(fd, 3) != 3 || libc::fcntl(3, libc::F_SETFD, 0) != 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                Ok(())
             });
         }
         Daemon::spawn_command(&mut command, &self.dir.join("vm1.sock"), self.dir.path())
