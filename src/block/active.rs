@@ -72,6 +72,17 @@ impl ActiveDisk {
         self.read_only
     }
 
+    /// To be called on each worker that will serve requests of this disk, before the first one: its ring holds
+    /// on to the disk's own files from then on.
+    ///
+    /// When this process is killed, its rings end only when what they have under way has ended, and so does the
+    /// lock of the files that are registered with them. So whoever holds the image's lock next finds that
+    /// nothing of this process can happen any more: no write to the image, and no read, of a backing file
+    /// say, into the guest's memory.
+    pub fn join(&self, io: &Io) {
+        self.layers[0].join(io);
+    }
+
     /// Has copying that was put off done by tasks, where it gets much.
     pub(super) fn fill_ahead_by_tasks(self: &Arc<Self>) {
         let disk = Arc::downgrade(self);

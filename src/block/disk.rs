@@ -267,7 +267,7 @@ impl Disk {
             };
             layers.push(layer);
         }
-        if let Some(journal) = journal.filter(|_| !self.spec.read_only) {
+        if let Some(journal) = journal {
             layers[0].use_journal(io, &layers[1..], journal).await?;
         }
         let size = whole_sectors(&layers[0])?;

@@ -104,6 +104,10 @@ impl FileStorage {
         self.identity
     }
 
+    pub(super) fn join(&self, io: &Io) {
+        io.register(&self.file);
+    }
+
     /// The identity of what `path` leads to now.
     pub(super) fn identity_of(path: &Path) -> io::Result<(u64, u64)> {
         std::fs::metadata(path).map(|meta| probe::identity(&meta))

@@ -7,8 +7,8 @@ use std::time::Duration;
 use crate::reactor::{Io, Sg};
 use crate::shared_memory::SharedPart;
 
-use super::error::Result;
-use super::qcow2::{Compressed, Extent, Qcow2};
+use super::error::{Error, ErrorKind, Result};
+use super::qcow2::{Compressed, Extent, Qcow2, journal_is_empty};
 use super::storage::Storage;
 
 /// What a range of a layer is made of, from its first byte on. Every `len` is in bytes, at least 1 and
@@ -279,6 +279,9 @@ impl Layer {
     }
 
     /// Gives the layer memory that outlives this process, after making good what is in it.
+    ///
+    /// # Errors
+    /// As [`Qcow2::use_journal`]; [`ErrorKind::InvalidImage`] for the journal of another layer.
     pub(super) async fn use_journal(
         &self,
         io: &Io,
@@ -288,7 +291,26 @@ impl Layer {
         match self {
             Self::Qcow2(image) => image.use_journal(io, below, memory).await,
             // Nothing of theirs is in memory only.
-            _ => Ok(()),
+            _ if journal_is_empty(&memory) => Ok(()),
+            _ => {
+                let what = "the memory that the VMM keeps has changes of another image";
+                let path = self.data().path();
+                let error = Error::image(ErrorKind::InvalidImage, path, None, what);
+                Err(error.hint(
+                    "start the disk with the image that it had before; or end the VM and start it anew, \
+                     which loses what was not flushed",
+                ))
+            }
+        }
+    }
+
+    /// See [`super::ActiveDisk::join`].
+    pub(super) fn join(&self, io: &Io) {
+        match self {
+            Self::Raw(raw) => raw.storage.join(io),
+            Self::Qcow2(image) => image.join(io),
+            #[cfg(test)]
+            Self::Made(_) => {}
         }
     }
 

@@ -131,6 +131,7 @@ struct State {
 pub struct SimStorage {
     limits: Limits,
     read_only: bool,
+    inode: u64,
     state: Mutex<State>,
 }
 
@@ -141,6 +142,7 @@ impl SimStorage {
         Self {
             limits: Limits::default(),
             read_only: false,
+            inode: 1,
             state: Mutex::new(State {
                 config,
                 rng,
@@ -278,6 +280,38 @@ impl SimStorage {
         let pick = choose(u64::MAX, lengths.len()).min(lengths.len() - 1);
         image.truncate(lengths[pick]);
         image
+    }
+
+    /// What goes on after a kill of the process: of what was under way some has happened; nothing that was not
+    /// durable is so now. It behaves as `config` says.
+    pub fn after_kill(&self, seed: u64, config: Sim) -> Self {
+        let mut rng = seed.wrapping_mul(0xd134_2543_de82_ef95) | 1;
+        let state = self.state();
+        let after = Self::new(state.durable.clone(), config).with_inode(self.inode);
+        {
+            let mut new = after.state();
+            new.current.clone_from(&state.current);
+            new.completed.clone_from(&state.completed);
+            for change in state.under_way.values() {
+                if random(&mut rng) % 2 == 0 {
+                    change.apply(&mut new.current);
+                    new.completed.push(change.clone());
+                }
+            }
+        }
+        after
+    }
+
+    /// As [`super::Storage::identity`].
+    pub fn identity(&self) -> (u64, u64) {
+        (1, self.inode)
+    }
+
+    /// The same, as another file.
+    #[must_use]
+    pub fn with_inode(mut self, inode: u64) -> Self {
+        self.inode = inode;
+        self
     }
 
     pub(super) fn path(&self) -> &Path {

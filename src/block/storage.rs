@@ -207,6 +207,16 @@ impl Storage {
             s => s.len())
     }
 
+    /// Registers what it does I/O to with a ring: see [`super::ActiveDisk::join`].
+    pub(super) fn join(&self, io: &Io) {
+        each!(self, s => s.join(io), _s => (), s => s.below().join(io), _s => ())
+    }
+
+    /// Equal for the same file by two names: device and inode. Of what is no file, zeros.
+    pub fn identity(&self) -> (u64, u64) {
+        each!(self, s => s.identity(), _s => (0, 0), s => s.below().identity(), s => s.identity())
+    }
+
     /// Reads the size again: another process may have owned the file.
     pub fn refresh(&self) -> Result<()> {
         each!(self, s => s.refresh(), _s => Ok(()), s => s.below().refresh(), _s => Ok(()))

@@ -218,6 +218,7 @@ impl Worker {
             match command {
                 Command::Start { key, start, reply } => {
                     let (disk, eager) = (start.disk.clone(), start.log.is_some());
+                    disk.join(&self.io);
                     let started = Queue::start(key, &self.io, *start);
                     let _ = reply.send(started.map(|queue| {
                         self.queues.push(queue);

@@ -89,6 +89,12 @@ impl Io {
         )
     }
 
+    /// Registers the file with the ring, which holds on to it from then on, also beyond the end of the process
+    /// as long as anything is under way.
+    pub(crate) fn register(&self, file: &IoFile) {
+        let _name = self.inner.name(file);
+    }
+
     /// Makes the file's data durable, and the metadata needed to read it (fdatasync).
     pub(crate) fn fdatasync(&self, file: &IoFile) -> Op<'_> {
         self.start(

@@ -328,6 +328,17 @@ impl Allocator {
         waited
     }
 
+    /// Has the header say that clusters were taken ahead of need, or entries put into a journal.
+    pub(super) async fn mark_in_use(&self, io: &Io) -> Result<()> {
+        let mut slow = self.slow.lock().await;
+        if !slow.marked {
+            self.header.mark_arenas(io, &self.storage, true).await?;
+            self.storage.flush(io).await?;
+            slow.marked = true;
+        }
+        Ok(())
+    }
+
     /// The search for clusters that a crash has leaked.
     pub(super) fn leaks(&self) -> &Leaks {
         &self.leaks

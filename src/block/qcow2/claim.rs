@@ -11,9 +11,11 @@
 //! "still claimed, so register" one step.
 
 use std::future::poll_fn;
+use std::ops::Range;
 use std::sync::Mutex;
 use std::task::{Poll, Waker};
 
+use super::journal::{Noted, Room};
 use super::slice::{Pinned, Slice};
 use super::tables::{Tables, lock};
 use super::units::GuestCluster;
@@ -160,12 +162,32 @@ impl Claim<'_> {
     }
 
     /// Replaces the entry `n` behind the first, for readers to see at once. A bitmap stays.
-    pub(super) fn publish(&self, n: usize, raw: u64) {
-        self.publish_pair(n, raw, self.slice.bitmap(self.at + n));
+    pub(super) fn publish(&self, noted: &Noted<'_, '_>, n: usize, raw: u64) {
+        self.publish_pair(noted, n, raw, self.slice.bitmap(self.at + n));
+    }
+
+    /// Appends to the journal what some of the claimed entries are going to be; bitmaps stay.
+    pub(super) fn note<'r, 'j>(
+        &self,
+        room: &'r mut Room<'j>,
+        which: Range<usize>,
+        entry: impl Fn(usize) -> u64,
+    ) -> Noted<'r, 'j> {
+        let mut log = room.log();
+        for n in which {
+            let bitmap = self.slice.bitmap(self.at + n);
+            log.note(self.cluster(n), entry(n), bitmap);
+        }
+        log.commit()
+    }
+
+    /// The `n`th of the claimed guest clusters.
+    pub(super) fn cluster(&self, n: usize) -> GuestCluster {
+        GuestCluster(self.first.0 + n as u64)
     }
 
     /// As [`Claim::publish`], with the bitmap of an extended entry.
-    pub(super) fn publish_pair(&self, n: usize, raw: u64, bitmap: u64) {
+    pub(super) fn publish_pair(&self, _noted: &Noted<'_, '_>, n: usize, raw: u64, bitmap: u64) {
         debug_assert!(n < self.count);
         let taken = self.slice.publish_pair(self.at + n, raw, bitmap);
         self.tables.note_memory(taken);

@@ -17,6 +17,7 @@ use super::claim::{Attempt, Claim};
 use super::entry::{self, Entry, decode};
 use super::freed::Freed;
 use super::fresh::Fresh;
+use super::journal::Room;
 use super::map::{Extent, Found};
 use super::record::{Closing, New, SECTOR, Writing};
 use super::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
@@ -113,6 +114,7 @@ impl Qcow2 {
     pub(super) async fn write_incomplete_ends(
         &self,
         io: &Io,
+        room: &mut Room<'_>,
         mut claim: Claim<'_>,
         fresh: Fresh<'_>,
         offset: u64,
@@ -126,23 +128,25 @@ impl Qcow2 {
         let host = g.host_offset(fresh.first());
         let (mut fresh, mut first) = (fresh, 0);
         let mut marks = [None; 2];
+        let mut noted = room.log().commit();
         if let Some(head) = &mut ends.head {
-            let index = head.publish();
-            claim.publish(0, entry::incomplete(index));
+            let index = head.publish(&mut noted);
+            claim.publish(&noted, 0, entry::incomplete(index));
             let (kept, rest) = fresh.split_at(1);
             kept.keep();
             (fresh, first) = (rest, 1);
             marks[0] = Some((cluster, index));
         }
         if let Some(tail) = &mut ends.tail {
-            let index = tail.publish();
-            claim.publish(count - 1, entry::incomplete(index));
+            let index = tail.publish(&mut noted);
+            claim.publish(&noted, count - 1, entry::incomplete(index));
             let between = fresh.count() - 1;
             let (rest, kept) = fresh.split_at(between);
             kept.keep();
             fresh = rest;
             marks[1] = Some((GuestCluster(cluster.0 + count as u64 - 1), index));
         }
+        drop(noted);
         if fresh.count() == 0 {
             // The next writers find the records.
             claim.truncate(0);
@@ -156,7 +160,7 @@ impl Qcow2 {
             tail.wrote(0, g.in_cluster(skip + len));
         }
         if fresh.count() > 0 {
-            self.publish_between(io, claim, fresh, first);
+            self.publish_between(io, room, claim, fresh, first);
         }
         for (cluster, index) in marks.into_iter().flatten() {
             self.complete(io, cluster, index);
@@ -165,18 +169,30 @@ impl Qcow2 {
     }
 
     /// Publishes the new clusters that are whole, from the claim's entry `first` on.
-    fn publish_between(&self, io: &Io, claim: Claim<'_>, fresh: Fresh<'_>, first: usize) {
+    fn publish_between(
+        &self,
+        io: &Io,
+        room: &mut Room<'_>,
+        claim: Claim<'_>,
+        fresh: Fresh<'_>,
+        first: usize,
+    ) {
         let g = &self.tables.geometry;
         let mut freed = Freed::default();
         let (host, count) = fresh.keep();
         claim.slice().note_order(true);
-        for n in 0..count {
-            let at = first + n as usize;
+        let which = first..first + count as usize;
+        let entry = |at| {
+            let n = (at - first) as u64;
+            entry::data(g.host_offset(HostCluster(host.0 + n)))
+        };
+        let noted = claim.note(room, which.clone(), entry);
+        for at in which {
             freed.note(self, claim.get(at));
-            claim.publish(at, entry::data(g.host_offset(HostCluster(host.0 + n))));
+            claim.publish(&noted, at, entry(at));
         }
         self.tables.mark_dirty(claim.slice(), true);
-        drop(claim);
+        drop((noted, claim));
         freed.free(self, io);
     }
 
@@ -244,27 +260,25 @@ impl Qcow2 {
         let wanted = |_, raw| entry::incomplete_index(raw) == marker;
         if let Attempt::Claimed(claim) = self.tables.try_claim(cluster, 1, wanted) {
             if let Some(closing) = self.records.close_whole(index) {
-                self.publish_filled(io, claim, [closing]);
+                self.publish_filled(io, claim, vec![closing]);
             }
         }
     }
 
     /// Replaces the markers of complete clusters, one for each claimed entry, and ends the claim.
-    pub(super) fn publish_filled<'a>(
-        &self,
-        io: &Io,
-        claim: Claim<'_>,
-        closed: impl IntoIterator<Item = Closing<'a>>,
-    ) {
+    pub(super) fn publish_filled(&self, io: &Io, claim: Claim<'_>, closed: Vec<Closing<'_>>) {
         let mut freed = Freed::default();
         claim.slice().note_order(true);
+        let mut room = Room::of_records(self.journal.get(), closed.len());
+        let entry = |n: usize| entry::data(closed[n].host());
+        let mut noted = claim.note(&mut room, 0..closed.len(), entry);
         for (n, record) in closed.into_iter().enumerate() {
             freed.note(self, record.old());
-            claim.publish(n, entry::data(record.host()));
-            record.retire(io);
+            claim.publish(&noted, n, entry::data(record.host()));
+            record.retire(io, &mut noted);
         }
         self.tables.mark_dirty(claim.slice(), true);
-        drop(claim);
+        drop((noted, claim));
         freed.free(self, io);
     }
 }

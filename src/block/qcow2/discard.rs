@@ -161,17 +161,21 @@ impl Qcow2 {
 
     /// Unmaps what can be claimed in a row; returns how many clusters.
     async fn unmap_run(&self, io: &Io, first: GuestCluster, most: u64, mode: Unmap) -> Result<u64> {
+        let mut room = self.log_room(io, most).await?;
+        let most = room.limit(most);
         let attempt = self
             .tables
             .try_claim(first, most, |_, raw| self.unmapped(raw, mode).is_some());
         let claim = match attempt {
             Attempt::Claimed(claim) => claim,
             Attempt::Busy => {
+                drop(room);
                 self.tables.unclaimed(first).await;
                 return Ok(0);
             }
             Attempt::Unwanted | Attempt::Missing => return Ok(0),
             Attempt::Shared => {
+                drop(room);
                 self.own_table(io, self.tables.place(first).slice).await?;
                 return Ok(0);
             }
@@ -183,11 +187,17 @@ impl Qcow2 {
                 closed.push((n, self.records.close(index).await));
             }
         }
+        room.take_over(closed.len());
         let mut closed = closed.into_iter().peekable();
         if mode == Unmap::Free {
             self.drop_data(io, &claim).await;
         }
         let mut freed = Freed::default();
+        let new = |n: usize| {
+            let old = claim.get(n);
+            self.unmapped(old, mode).unwrap_or(old)
+        };
+        let mut noted = claim.note(&mut room, 0..claim.count(), new);
         for n in 0..claim.count() {
             let old = claim.get(n);
             if let Some(new) = self.unmapped(old, mode) {
@@ -200,17 +210,17 @@ impl Qcow2 {
                 if !kept {
                     freed.note(self, host.unwrap_or(old));
                 }
-                claim.publish(n, new);
+                claim.publish(&noted, n, new);
                 if let Some((_, record)) = record {
                     freed.note(self, record.old());
-                    record.retire(io);
+                    record.retire(io, &mut noted);
                 }
             }
         }
         // A mapping to zeros needs no data to be durable first.
         self.tables.mark_dirty(claim.slice(), false);
         let count = claim.count() as u64;
-        drop(claim);
+        drop((noted, claim));
         freed.free(self, io);
         Ok(count)
     }

@@ -18,6 +18,7 @@
 //!    durable before their clusters were used (arena); those that go down belong to clusters whose
 //!    unmapping was durable before.
 //! 4. **fdatasync**: mappings, and all data written in place, are durable.
+//!    The journal drops what it had before this flush's snapshot (`journal`).
 //! 5. **Settle**: what was freed before the mark is pointed at by nothing in the file, and may go on
 //!    (refcount 0, hole, new use) when the requests that saw the old entries have ended. Earlier, a power
 //!    loss would leave a mapping to a cluster that holds somebody else's data. A task does it, after the
@@ -37,6 +38,7 @@ use async_lock::{Mutex, MutexGuard};
 use super::Qcow2;
 use super::alloc::Allocator;
 use super::below::Below;
+use super::journal::Journal;
 use super::record::Records;
 use super::slice::{ORDERED, Pinned};
 use super::tables::Tables;
@@ -93,7 +95,19 @@ impl Qcow2 {
         if self.alloc.is_none() {
             return Ok(());
         }
+        self.write_back_unless(io, || false).await
+    }
+
+    /// The same, unless somebody else has written enough back when it is this one's turn.
+    pub(super) async fn write_back_unless(
+        &self,
+        io: &Io,
+        is_enough: impl Fn() -> bool,
+    ) -> Result<()> {
         let _one = self.flushes.done.lock().await;
+        if is_enough() {
+            return Ok(());
+        }
         self.flush_once(io).await
     }
 
@@ -103,6 +117,8 @@ impl Qcow2 {
             self.stop_writing(io, &damage).await;
         }
         let mark = alloc.mark();
+        // After the limbo's, so that what mapped a freed cluster is dropped before the cluster is let go.
+        let logged = self.journal.get().map(Journal::mark);
         let mut snapshot = Snapshot::take(&self.tables);
         snapshot.copy(io, &self.records);
         if snapshot.ordered {
@@ -113,6 +129,9 @@ impl Qcow2 {
         self.flush_files(io).await?;
         snapshot.written = true;
         drop(snapshot);
+        if let (Some(journal), Some(logged)) = (self.journal.get(), logged) {
+            journal.drop_before(logged);
+        }
         // The guest's data is safe: it need not wait for the rest.
         alloc.settle_later(io, mark);
         Ok(())
@@ -171,6 +190,7 @@ impl Qcow2 {
         let due = slices >= self.tables.write_back_threshold()
             || age.is_some_and(|age| age >= old)
             || self.records.is_due(old)
+            || self.journal.get().is_some_and(Journal::is_much)
             || self.alloc.as_ref().is_some_and(forgotten);
         if due {
             self.flush(io, below).await
@@ -198,6 +218,9 @@ impl Qcow2 {
         }
         // Also after an error: arenas must be stopped, and the more is given back the better.
         let closed = alloc.close(io).await;
+        if let Some(journal) = self.journal.get() {
+            journal.end();
+        }
         if let Some(damage) = alloc.take_damage() {
             self.stop_writing(io, &damage).await;
         }

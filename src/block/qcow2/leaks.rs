@@ -360,6 +360,12 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// True if all was given back that can be.
+    pub(super) fn leaks_were_given_back(&self) -> bool {
+        let alloc = self.alloc.as_ref();
+        alloc.is_none_or(|alloc| matches!(*lock(&alloc.leaks().state), State::Done | State::Failed))
+    }
+
     /// True if nothing is left to be given back.
     pub(super) fn has_no_leaks(&self) -> bool {
         self.alloc

@@ -22,6 +22,7 @@
 //! | [`repair`] | making refcounts and COPIED flags what the references say |
 //! | `damage` | metadata found to be wrong while the image is in use |
 //! | `flush` | from memory to the file, in the order that survives a power loss |
+//! | `journal` | what is in memory only, kept where it survives this process |
 
 mod alloc;
 mod arena;
@@ -68,14 +69,15 @@ mod write;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 
 pub use alloc::Allocator;
 pub use below::Below;
 pub use entry::Compressed;
 pub use fresh::Fresh;
 pub use header::{BackingName, Header};
+pub(in crate::block) use journal::is_empty as journal_is_empty;
 pub use map::Extent;
 pub use open::Options;
 pub use repair::OnDirty;
@@ -87,6 +89,7 @@ use crate::reactor::Io;
 use bitmaps::Upkeep;
 use flush::Flushes;
 use inflated::Inflated;
+use journal::Journal;
 use record::Records;
 use tables::Tables;
 
@@ -108,6 +111,8 @@ pub struct Qcow2 {
     /// The bitmaps that follow what is written; none for most images.
     bitmaps: Option<Box<Upkeep>>,
     flushes: Flushes,
+    /// What is published and not written, for the process after this one.
+    journal: OnceLock<Journal>,
     inflated: Inflated,
     /// Of images with extended L2 entries: what is being changed.
     reservations: extended::Reservations,
@@ -124,6 +129,12 @@ impl Qcow2 {
     #[inline]
     pub fn size(&self) -> u64 {
         self.tables.size()
+    }
+
+    /// See [`crate::block::ActiveDisk::join`].
+    pub(in crate::block) fn join(&self, io: &Io) {
+        self.storage.join(io);
+        self.data.join(io);
     }
 
     /// The header as it was at opening.

@@ -1,7 +1,7 @@
 //! Opening an image: from a checked header to tables that serve requests.
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 
 use super::Qcow2;
 use super::alloc::Allocator;
@@ -117,6 +117,7 @@ impl Qcow2 {
             has_backing: options.has_backing,
             bitmaps,
             flushes: Flushes::default(),
+            journal: OnceLock::new(),
             reservations: Reservations::default(),
             new_table: async_lock::Mutex::new(()),
             resizing: async_lock::Mutex::new(()),

@@ -22,6 +22,7 @@ use std::sync::{Mutex, OnceLock};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
+use super::journal::{Memory, Noted, step};
 use super::slice::Pinned;
 use super::tables::lock;
 use super::units::{Geometry, GuestCluster, HostOffset};
@@ -53,6 +54,8 @@ pub(super) struct Records {
     /// No record is made: who copies, copies at once.
     eager: AtomicBool,
     ahead: OnceLock<Ahead>,
+    /// Where the records are kept so that they survive this process; nothing is read from there.
+    kept: OnceLock<Memory>,
     /// Held by who completes clusters ahead of need. True: nobody does that any more.
     pub(super) filling: async_lock::Mutex<bool>,
 }
@@ -107,13 +110,22 @@ pub(super) struct New {
     pub(super) old: u64,
 }
 
+/// Records of clusters of `1 << cluster_bits` bytes, at most.
+pub(super) fn most_records(cluster_bits: u32) -> usize {
+    MAX_RECORDS.min(MAX_BYTES >> cluster_bits) as usize
+}
+
+/// Words of 64 bits that take a bit for each sector of a cluster.
+pub(super) fn words_of(cluster_bits: u32) -> usize {
+    (1usize << cluster_bits).div_ceil(SECTOR as usize * u64::BITS as usize)
+}
+
 impl Records {
     /// Room for records, each of which keeps a slice in memory: of `slices` that may be, half at most.
     pub(super) fn new(g: &Geometry, slices: usize) -> Self {
-        let limit = MAX_RECORDS.min(MAX_BYTES >> g.cluster_bits) as usize;
-        let limit = limit.min(slices / 2);
+        let limit = most_records(g.cluster_bits).min(slices / 2);
         let sectors = (g.cluster_size() / SECTOR) as u32;
-        let words = sectors.div_ceil(u64::BITS) as usize;
+        let words = words_of(g.cluster_bits);
         let count = limit * 2;
         Self {
             slots: (0..count).map(|_| Slot::default()).collect(),
@@ -127,8 +139,14 @@ impl Records {
             }),
             eager: AtomicBool::new(false),
             ahead: OnceLock::new(),
+            kept: OnceLock::new(),
             filling: async_lock::Mutex::new(false),
         }
+    }
+
+    /// Keeps the records in the memory of a journal, too. Before the first one is made.
+    pub(super) fn keep_in(&self, memory: Memory) {
+        let _first = self.kept.set(memory);
     }
 
     /// Says what to call when records get scarce. Once.
@@ -168,6 +186,9 @@ impl Records {
         slot.state.store(1, Ordering::Relaxed);
         for word in self.bits(index) {
             word.store(0, Ordering::Relaxed);
+        }
+        if let Some(kept) = self.kept.get() {
+            kept.prepare(index, new.guest.0, new.host.0, new.old);
         }
         if let (true, Some(ahead)) = (scarce, self.ahead.get()) {
             if self.filling.try_lock().is_some() {
@@ -381,7 +402,9 @@ pub(super) struct Writing<'a> {
 
 impl Writing<'_> {
     /// The record's number, to be published as a marker: from then on the record stays when this is dropped.
-    pub(super) fn publish(&mut self) -> u32 {
+    /// It counts in the journal from here on.
+    pub(super) fn publish(&mut self, noted: &mut Noted<'_, '_>) -> u32 {
+        noted.begin_record(self.index);
         self.is_published = true;
         self.index
     }
@@ -396,6 +419,11 @@ impl Writing<'_> {
             let (word, bit) = (at / 64, at % 64);
             let count = (64 - bit).min(end - at);
             let mask = (u64::MAX >> (64 - count)) << bit;
+            if let Some(kept) = self.records.kept.get() {
+                // What others have seen must not be gone when this process is: before the bit that they see.
+                kept.mark(self.index, word as usize, mask);
+                step!("journal-record-marked");
+            }
             if let Some(word) = bits.get(word as usize) {
                 // Release: who sees the bit finds the data.
                 new += (!word.fetch_or(mask, Ordering::AcqRel) & mask).count_ones();
@@ -471,8 +499,9 @@ impl Closing<'_> {
     }
 
     /// Gives the record up. After the entry that replaced its marker was published.
-    pub(super) fn retire(self, io: &Io) {
+    pub(super) fn retire(self, io: &Io, noted: &mut Noted<'_, '_>) {
         let records = self.records;
+        noted.end_record(self.index);
         let guest = records
             .slot(self.index)
             .map(|slot| slot.guest.load(Ordering::Relaxed));

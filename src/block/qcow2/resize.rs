@@ -230,30 +230,40 @@ impl Qcow2 {
         most: u64,
         gone: (u64, u64),
     ) -> Result<u64> {
+        let mut room = self.log_room(io, most).await?;
+        let most = room.limit(most);
         let claim = match self.tables.try_claim(first, most, |_, _| true) {
             Attempt::Claimed(claim) => claim,
             Attempt::Busy => {
+                drop(room);
                 self.tables.unclaimed(first).await;
                 return Ok(0);
             }
             Attempt::Unwanted | Attempt::Missing => return Ok(0),
             Attempt::Shared => {
+                drop(room);
                 self.own_table(io, self.tables.place(first).slice).await?;
                 return Ok(0);
             }
         };
         let mut freed = Freed::default();
         let at = self.tables.place(first).at;
-        for n in 0..claim.count() {
+        let goes = |n: &usize| {
             let there = claim.slice().look(at + n);
-            if there != (0, 0) && there != gone {
-                freed.note(self, there.0);
-                claim.publish_pair(n, gone.0, gone.1);
-            }
+            there != (0, 0) && there != gone
+        };
+        let mut log = room.log();
+        for n in (0..claim.count()).filter(goes) {
+            log.note(claim.cluster(n), gone.0, gone.1);
+        }
+        let noted = log.commit();
+        for n in (0..claim.count()).filter(goes) {
+            freed.note(self, claim.get(n));
+            claim.publish_pair(&noted, n, gone.0, gone.1);
         }
         self.tables.mark_dirty(claim.slice(), false);
         let count = claim.count() as u64;
-        drop(claim);
+        drop((noted, claim));
         freed.free(self, io);
         Ok(count)
     }

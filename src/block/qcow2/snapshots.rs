@@ -338,6 +338,7 @@ impl Qcow2 {
     /// both lead to the same clusters.
     #[cold]
     pub(super) async fn own_table(&self, io: &Io, slice: u64) -> Result<()> {
+        let mut room = self.log_room(io, 1).await?;
         let _one = self.new_table.lock().await;
         // Who held it may have found that no L1 entry may change any more.
         self.check_writes()?;
@@ -367,7 +368,7 @@ impl Qcow2 {
         }
         self.storage.write(io, new.0, table.sg()).await?;
         alloc.reserve_metadata(fresh.first(), 1, "L2 table")?;
-        self.tables.link_table(slice, new, true);
+        self.log_and_link(&mut room, slice, new, true);
         fresh.keep();
         // The table's place stays reserved in `Tables`, where entries of the file are judged.
         alloc.release_metadata(cluster, 1);

@@ -182,15 +182,25 @@ impl Tables {
 
     /// The L1 index of a slice.
     #[inline]
-    fn l1_index(&self, slice: u64) -> u64 {
+    pub(super) fn l1_index(&self, slice: u64) -> u64 {
         let g = self.geometry;
         slice >> (g.l2_bits() - g.slice_bits())
     }
 
     fn l1_entry(&self, slice: u64) -> u64 {
+        self.l1_raw(self.l1_index(slice))
+    }
+
+    /// An L1 entry as it is.
+    pub(super) fn l1_raw(&self, index: u64) -> u64 {
         self.l1
-            .get(self.l1_index(slice))
+            .get(index)
             .map_or(0, |entry| entry.load(Ordering::Acquire))
+    }
+
+    /// The `at`th guest cluster of a slice.
+    pub(super) fn cluster_of(&self, slice: u64, at: u64) -> GuestCluster {
+        GuestCluster((slice << self.geometry.slice_bits()) + at)
     }
 
     /// Where a slice is in the file; none without an L2 table.
@@ -342,6 +352,17 @@ impl Tables {
         }
     }
 
+    /// May a guest cluster have this entry? What an entry of the file must not be it must not be either.
+    pub(super) fn may_be(
+        &self,
+        guest: GuestCluster,
+        raw: u64,
+        storage: &Storage,
+        alloc: &Allocator,
+    ) -> bool {
+        self.is_valid(guest, raw, storage.len(), Some(alloc))
+    }
+
     /// True if one of the clusters is header, L1, an L2 table that was there at opening, or a snapshot's.
     fn is_fixed_metadata(&self, first: HostCluster, count: u64) -> bool {
         overlaps(&self.fixed, &(first.0..first.0 + count))
@@ -370,7 +391,11 @@ impl Tables {
 
     /// Points the slice's L1 entry at a new L2 table.
     pub(super) fn link_table(&self, slice: u64, table: HostOffset, ordered: bool) {
-        let index = self.l1_index(slice);
+        self.relink(self.l1_index(slice), table, ordered);
+    }
+
+    /// The same with the L1 entry's index.
+    pub(super) fn relink(&self, index: u64, table: HostOffset, ordered: bool) {
         // Locked from before the store, so that who has seen the entry finds its order noted.
         let mut dirty = lock(&self.dirty);
         if let Some(entry) = self.l1.get(index) {

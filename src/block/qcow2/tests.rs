@@ -24,6 +24,7 @@ mod extended;
 mod faults;
 mod fresh;
 mod history;
+mod journal;
 mod judge;
 mod kinds;
 mod leaks;

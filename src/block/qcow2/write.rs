@@ -8,7 +8,7 @@
 //!    old content and the new clusters both are zeros the entry comes first: a mapping without its data
 //!    shows what was there before, to readers and after a power loss, and the next writers to the cluster
 //!    need not wait for this one.
-//! 3. The entry is published, and the slice marked dirty *before* the old cluster is freed. So a flush that
+//! 3. The entry is noted in the journal, if there is one, and published, and the slice marked dirty *before* the old cluster is freed. So a flush that
 //!    lets the freed cluster go has the new entry in its snapshot.
 //! 4. What fails before the publication leaves nothing behind: the new clusters go back, the claim ends,
 //!    the old mapping stands.
@@ -31,6 +31,7 @@ use super::claim::{Attempt, Claim};
 use super::entry::{self, Entry, decode};
 use super::freed::Freed;
 use super::fresh::Fresh;
+use super::journal::Room;
 use super::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
 use crate::block::error::{Error, ErrorKind, Result};
 use crate::block::stack::Window;
@@ -242,6 +243,9 @@ impl Qcow2 {
         }
         let cluster = g.guest_cluster(GuestOffset(offset));
         let wanted = g.clusters(g.in_cluster(offset) + from.len() as u64);
+        let wanted = wanted.min(self.tables.left_in_slice(cluster));
+        let mut room = self.log_room(io, wanted).await?;
+        let wanted = room.limit(wanted);
         let first = std::cell::Cell::new(Entry::Bad);
         let attempt = self.tables.try_claim(cluster, wanted, |n, raw| {
             let entry = decode(raw, g);
@@ -279,11 +283,13 @@ impl Qcow2 {
         let claim = match attempt {
             Attempt::Claimed(claim) => claim,
             Attempt::Busy => {
+                drop(room);
                 self.tables.unclaimed(cluster).await;
                 return Ok(0);
             }
             Attempt::Unwanted | Attempt::Missing => return Ok(0),
             Attempt::Shared => {
+                drop(room);
                 self.own_table(io, self.tables.place(cluster).slice).await?;
                 return Ok(0);
             }
@@ -292,8 +298,14 @@ impl Qcow2 {
             Entry::Zero {
                 host: Some(host),
                 copied: true,
-            } => self.write_reserved(io, claim, host, offset, from).await,
-            _ => self.write_fresh(io, below, claim, offset, from).await,
+            } => {
+                self.write_reserved(io, &mut room, claim, host, offset, from)
+                    .await
+            }
+            _ => {
+                self.write_fresh(io, below, &mut room, claim, offset, from)
+                    .await
+            }
         }
     }
 
@@ -302,6 +314,7 @@ impl Qcow2 {
     async fn write_reserved(
         &self,
         io: &Io,
+        room: &mut Room<'_>,
         claim: Claim<'_>,
         host: HostOffset,
         offset: u64,
@@ -319,9 +332,10 @@ impl Qcow2 {
         // The host cluster may hold old data durably: not to be seen before the new.
         let ordered = true;
         claim.slice().note_order(ordered);
+        let entry = |n: usize| entry::data(HostOffset(host.0 + ((n as u64) << g.cluster_bits)));
+        let noted = claim.note(room, 0..claim.count(), entry);
         for n in 0..claim.count() {
-            let host = HostOffset(host.0 + ((n as u64) << g.cluster_bits));
-            claim.publish(n, entry::data(host));
+            claim.publish(&noted, n, entry(n));
         }
         self.tables.mark_dirty(claim.slice(), ordered);
         Ok(len)
@@ -332,6 +346,7 @@ impl Qcow2 {
         &self,
         io: &Io,
         below: &B,
+        room: &mut Room<'_>,
         mut claim: Claim<'_>,
         offset: u64,
         from: Sg<'_>,
@@ -347,13 +362,13 @@ impl Qcow2 {
             && (0..claim.count()).all(|n| self.reads_zero(claim.get(n)));
         if stays_zero {
             // Zeros become zeros: nobody can tell when, so nobody waits for this write.
-            let host = self.publish_fresh(io, claim, fresh, false);
+            let host = self.publish_fresh(io, room, claim, fresh, false);
             self.data.write(io, host.0 + skip, part).await?;
         } else if let Some(ends) = self.make_records(io, &claim, &fresh, offset, len) {
-            self.write_incomplete_ends(io, claim, fresh, offset, part, ends)
+            self.write_incomplete_ends(io, room, claim, fresh, offset, part, ends)
                 .await?;
         } else {
-            self.write_copied(io, below, claim, fresh, offset, part)
+            self.write_copied(io, below, room, claim, fresh, offset, part)
                 .await?;
         }
         Ok(len)
@@ -364,6 +379,7 @@ impl Qcow2 {
         &self,
         io: &Io,
         below: &B,
+        room: &mut Room<'_>,
         claim: Claim<'_>,
         fresh: Fresh<'_>,
         offset: u64,
@@ -413,7 +429,7 @@ impl Qcow2 {
         };
         let host = HostOffset(g.host_offset(first).0 + skip - head.len() as u64);
         self.write_around(io, host, head, part, tail).await?;
-        self.publish_fresh(io, claim, fresh, true);
+        self.publish_fresh(io, room, claim, fresh, true);
         Ok(())
     }
 
@@ -422,6 +438,7 @@ impl Qcow2 {
     fn publish_fresh(
         &self,
         io: &Io,
+        room: &mut Room<'_>,
         claim: Claim<'_>,
         fresh: Fresh<'_>,
         ordered: bool,
@@ -430,13 +447,14 @@ impl Qcow2 {
         let (first, _) = fresh.keep();
         claim.slice().note_order(ordered);
         let mut freed = Freed::default();
+        let entry = |n| entry::data(g.host_offset(HostCluster(first.0 + n as u64)));
+        let noted = claim.note(room, 0..claim.count(), entry);
         for n in 0..claim.count() {
             freed.note(self, claim.get(n));
-            let host = g.host_offset(HostCluster(first.0 + n as u64));
-            claim.publish(n, entry::data(host));
+            claim.publish(&noted, n, entry(n));
         }
         self.tables.mark_dirty(claim.slice(), ordered);
-        drop(claim);
+        drop((noted, claim));
         freed.free(self, io);
         g.host_offset(first)
     }
@@ -515,6 +533,7 @@ impl Qcow2 {
     /// valid from the first moment and its L1 entry goes to the file whenever the next flush does.
     #[cold]
     pub(super) async fn make_table(&self, io: &Io, slice: u64) -> Result<()> {
+        let mut room = self.log_room(io, 1).await?;
         let _one = self.new_table.lock().await;
         self.check_writes()?;
         if self.tables.slice_offset(slice).is_some() {
@@ -536,7 +555,7 @@ impl Qcow2 {
             self.stop_writing(io, &error).await;
             return Err(error);
         }
-        self.tables.link_table(slice, table, !zeroed);
+        self.log_and_link(&mut room, slice, table, !zeroed);
         fresh.keep();
         Ok(())
     }

@@ -10,6 +10,7 @@ use std::sync::{Mutex, MutexGuard};
 use std::task::{Poll, Waker};
 
 use super::super::Qcow2;
+use super::super::journal::Room;
 use super::super::slice::Pinned;
 use super::super::tables::lock;
 use super::super::units::GuestCluster;
@@ -112,8 +113,17 @@ impl<'a> Changes<'a> {
 
     /// Replaces the pair of a cluster, for readers to see at once. `ordered`: it may go to the file only after
     /// a flush of data.
-    pub(super) fn publish(&self, cluster: GuestCluster, pair: &Pair, ordered: bool) {
+    pub(super) fn publish(
+        &self,
+        room: &mut Room<'_>,
+        cluster: GuestCluster,
+        pair: &Pair,
+        ordered: bool,
+    ) {
         self.slice.note_order(ordered);
+        let mut log = room.log();
+        log.note(cluster, pair.raw, pair.bitmap());
+        let _noted = log.commit();
         let taken = self
             .slice
             .publish_pair(self.at(cluster), pair.raw, pair.bitmap());

@@ -10,6 +10,7 @@ use super::super::Qcow2;
 use super::super::below::Below;
 use super::super::discard::Unmap;
 use super::super::freed::Freed;
+use super::super::journal::Room;
 use super::super::units::GuestCluster;
 use super::changes::{Changes, Purpose};
 use super::entry::{ALL, Host, Pair, Subclusters};
@@ -104,14 +105,21 @@ impl Qcow2 {
         }
         let left = whole(first, self.tables.left_in_slice(first));
         let range = range.start..range.end.min(left.end);
+        let mut room = self
+            .log_room(io, clusters_of(&range).count() as u64)
+            .await?;
+        let most = room.limit(clusters_of(&range).count() as u64);
+        let range = range.start..range.end.min(whole(first, most).end);
         let mut freed = Freed::default();
         let done = {
             let Some(changes) = self.changes(slice) else {
+                drop(room);
                 self.load(io, slice).await?;
                 return Ok(Done::Until(range.start));
             };
-            self.zero_pairs(&changes, &range, mode, &mut freed)
+            self.zero_pairs(&changes, &mut room, &range, mode, &mut freed)
         };
+        drop(room);
         // The entries were published and marked dirty.
         freed.free(self, io);
         if done == Done::Until(range.start) {
@@ -124,6 +132,7 @@ impl Qcow2 {
     fn zero_pairs(
         &self,
         changes: &Changes<'_>,
+        room: &mut Room<'_>,
         range: &Range<u64>,
         mode: Unmap,
         freed: &mut Freed,
@@ -151,7 +160,7 @@ impl Qcow2 {
                 freed.note(self, old.raw);
             }
             // A bitmap of zeros needs no data to be durable first.
-            changes.publish(cluster, &new, false);
+            changes.publish(room, cluster, &new, false);
         }
         Done::Until(range.end)
     }

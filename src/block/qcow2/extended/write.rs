@@ -6,6 +6,7 @@ use super::super::Qcow2;
 use super::super::below::Below;
 use super::super::entry;
 use super::super::freed::Freed;
+use super::super::journal::Room;
 use super::super::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
 use super::changes::{Purpose, Reservation};
 use super::entry::{ALL, Host, Pair, Subclusters};
@@ -81,20 +82,29 @@ impl Qcow2 {
         if self.tables.shared_table(slice).is_some() {
             self.own_table(io, slice).await?;
         }
-        match self.step(offset, from.len() as u64) {
+        let g = &self.tables.geometry;
+        let wanted = g.clusters(g.in_cluster(offset) + from.len() as u64);
+        let wanted = wanted.min(self.tables.left_in_slice(cluster));
+        let mut room = self.log_room(io, wanted).await?;
+        let most = (room.limit(wanted) << g.cluster_bits) - g.in_cluster(offset);
+        match self.step(offset, most.min(from.len() as u64)) {
             Step::Again => Ok(0),
             Step::Bad => Err(self.found_bad(io, cluster).await),
             Step::Wait(purpose, range) => {
+                drop(room);
                 self.until_free(slice, purpose, range).await;
                 Ok(0)
             }
             Step::Host(reservation) => {
-                self.give_hosts(io, reservation).await?;
+                self.give_hosts(io, &mut room, reservation).await?;
                 Ok(0)
             }
-            Step::Fill(fill) => self.fill_subclusters(io, below, fill, offset, from).await,
+            Step::Fill(fill) => {
+                self.fill_subclusters(io, below, &mut room, fill, offset, from)
+                    .await
+            }
             Step::Remake(reservation, old) => {
-                let remake = self.remake(io, below, reservation, &old, offset, from);
+                let remake = self.remake(io, below, &mut room, reservation, &old, offset, from);
                 remake.await
             }
         }
@@ -177,7 +187,12 @@ impl Qcow2 {
 
     /// Host clusters for clusters that have none. What shows zeros is allocated from then on if the new
     /// clusters are zeros; else they show what they showed.
-    async fn give_hosts(&self, io: &Io, reservation: Reservation<'_>) -> Result<()> {
+    async fn give_hosts(
+        &self,
+        io: &Io,
+        room: &mut Room<'_>,
+        reservation: Reservation<'_>,
+    ) -> Result<()> {
         let g = &self.tables.geometry;
         let count = clusters_of(&reservation.range()).count() as u64;
         let cluster = GuestCluster(reservation.range().start / u64::from(Subclusters::BITS));
@@ -198,7 +213,7 @@ impl Qcow2 {
                 ..old.with(zeros, old.zero & !zeros)
             };
             // Everything shows what it showed, whatever of this is in the file.
-            changes.publish(cluster, &new, false);
+            changes.publish(room, cluster, &new, false);
         }
         fresh.keep();
         Ok(())
@@ -209,6 +224,7 @@ impl Qcow2 {
         &self,
         io: &Io,
         below: &B,
+        room: &mut Room<'_>,
         fill: Fill<'_>,
         offset: u64,
         from: Sg<'_>,
@@ -264,7 +280,7 @@ impl Qcow2 {
             let old = changes.look(cluster);
             let new = old.with(old.allocated | bits, old.zero & !bits);
             if new != old {
-                changes.publish(cluster, &new, true);
+                changes.publish(room, cluster, &new, true);
             }
         }
         Ok(len)
@@ -294,6 +310,7 @@ impl Qcow2 {
         &self,
         io: &Io,
         below: &B,
+        room: &mut Room<'_>,
         reservation: Reservation<'_>,
         old: &Pair,
         offset: u64,
@@ -371,7 +388,7 @@ impl Qcow2 {
             raw: entry::data(new_host),
             ..old.with(allocated, old.zero & !allocated)
         };
-        changes.publish(cluster, &new, true);
+        changes.publish(room, cluster, &new, true);
         fresh.keep();
         drop(changes);
         let mut freed = Freed::default();

@@ -149,10 +149,10 @@ impl World<'_> {
     }
 }
 
-type Boxed<'a> = std::pin::Pin<Box<dyn Future<Output = ()> + 'a>>;
+pub(super) type Boxed<'a> = std::pin::Pin<Box<dyn Future<Output = ()> + 'a>>;
 
 /// Runs futures until all have ended.
-async fn together<'a>(futures: impl Iterator<Item = Boxed<'a>>) {
+pub(super) async fn together<'a>(futures: impl Iterator<Item = Boxed<'a>>) {
     let mut futures: Vec<_> = futures.collect();
     std::future::poll_fn(move |cx| {
         futures.retain_mut(|future| future.as_mut().poll(cx).is_pending());
@@ -261,7 +261,7 @@ impl Bench {
 }
 
 /// Leaks that `qemu-img check` finds; it must find nothing worse.
-fn check(path: &Path) -> u64 {
+pub(super) fn check(path: &Path) -> u64 {
     let output = Command::new("qemu-img")
         .args(["check", "-f", "qcow2", "--output=json"])
         .arg(path)

@@ -554,11 +554,13 @@ fn a_flush_between_publication_and_mark_waits_for_the_data_all_the_same() {
             panic!("no claim");
         };
         // A writer on another thread gets as far as this while the flush takes its snapshot.
+        let mut room = image.log_room(&io, 2).await.expect("room");
         assert!(image.would_order(&io, || {
             claim.slice().note_order(true);
-            claim.publish(0, entry::data(HostOffset(1 << 20)));
+            let new = |_| entry::data(HostOffset(1 << 20));
+            claim.publish(&claim.note(&mut room, 0..1, new), 0, new(0));
         }));
-        claim.publish(0, 0);
+        claim.publish(&claim.note(&mut room, 0..1, |_| 0), 0, 0);
         drop(claim);
         image.close(&io, &()).await.expect("close");
     });
