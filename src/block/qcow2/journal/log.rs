@@ -281,7 +281,11 @@ impl<'r, 'a> Log<'r, 'a> {
 
     fn write(&mut self, entry: Entry) {
         if let (Some(journal), Some(book)) = (self.room.journal, &mut self.book) {
-            debug_assert!(self.room.left > 0, "an entry that there is no room for");
+            let used = book.head + self.new - book.tail;
+            debug_assert!(
+                self.room.left > 0 && used < book.most,
+                "an entry without room"
+            );
             journal.memory.put(book.head + self.new, entry);
             self.new += 1;
             self.room.left = self.room.left.saturating_sub(1);

@@ -130,7 +130,7 @@ impl Pair {
     }
 }
 
-async fn open_pair(
+pub(super) async fn open_pair(
     io: &Io,
     image: &Arc<Storage>,
     data: &Arc<Storage>,

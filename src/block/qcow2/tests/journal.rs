@@ -17,6 +17,7 @@ use super::*;
 use crate::block::qcow2::journal::{self, steps};
 use crate::shared_memory::{SharedMemory, SharedPart};
 
+mod kills;
 mod limits;
 
 /// A journal's memory: as small as can be, so that it is copied fast.
