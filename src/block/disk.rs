@@ -105,7 +105,7 @@ impl Disk {
                 let size = match (now.header, now.key) {
                     (Some(header), _) => header.size,
                     (None, Some(key)) => chain::payload_len(&top.storage, &key)?,
-                    (None, None) => top.storage.whole_len(),
+                    (None, None) => top.storage.len_known_as(self.size()),
                 };
                 rounded(top.storage.path(), size)?
             }
@@ -237,7 +237,8 @@ impl Disk {
             let storage = link.storage.clone();
             let layer = match (now.header, now.key) {
                 (None, None) => {
-                    let len = storage.whole_len();
+                    let known = if level == 0 { self.size() } else { 0 };
+                    let len = storage.len_known_as(known);
                     Layer::Raw(Raw::new(storage, len))
                 }
                 (None, Some(key)) => {

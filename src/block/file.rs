@@ -130,16 +130,6 @@ impl FileStorage {
         Ok(())
     }
 
-    /// Bytes that a disk can be made of. Past the page cache only whole blocks can be written: in a part of
-    /// a block at its end a write would make the file grow.
-    pub(super) fn whole_len(&self) -> u64 {
-        let len = self.len();
-        match self.device || self.read_only {
-            true => len,
-            false => len - len % self.limits.io_align as u64,
-        }
-    }
-
     pub(super) fn refresh(&self) -> Result<()> {
         self.refresh_len()?;
         // Everything is read anew; whoever flushed in vain was told.

@@ -97,7 +97,7 @@ impl Layer {
     pub(super) fn size_outside(&self) -> Result<u64> {
         if let Self::Raw(raw) = self {
             raw.storage.refresh_len()?;
-            return Ok(raw.storage.whole_len());
+            return Ok(raw.storage.len_known_as(raw.size.load(Ordering::SeqCst)));
         }
         Ok(self.size())
     }

@@ -198,13 +198,14 @@ impl Storage {
         each!(self, s => s.refresh_len(), _s => Ok(()), s => s.below().refresh_len(), _s => Ok(()))
     }
 
-    /// Bytes of it that a disk can be made of: at most [`Storage::len`].
-    pub(super) fn whole_len(&self) -> u64 {
-        each!(self,
-            s => s.whole_len(),
-            s => s.len(),
-            s => s.len().saturating_sub(s.below().len() - s.below().whole_len()),
-            s => s.len())
+    /// Its size, where somebody knew it as `known` before. Past the page cache only whole blocks can be written, so
+    /// a write to a part of one at the end makes a file grow to its end: that is our own doing, and no other size.
+    pub(super) fn len_known_as(&self, known: u64) -> u64 {
+        let (len, align) = (self.len(), self.limits().io_align as u64);
+        match known > 0 && len == known.next_multiple_of(align) {
+            true => known,
+            false => len,
+        }
     }
 
     /// Registers what it does I/O to with a ring: see [`super::ActiveDisk::join`].

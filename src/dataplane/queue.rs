@@ -535,8 +535,7 @@ impl Queue {
     /// True once a stop was asked for and nothing is under way.
     pub(super) fn is_stopped(&self) -> bool {
         let done = || self.in_flight.get() == 0 && !self.finishes_backlog();
-        self.stopping.borrow().is_some()
-            && (done() || (self.suspended.get() && self.is_quiet()))
+        self.stopping.borrow().is_some() && (done() || (self.suspended.get() && self.is_quiet()))
     }
 
     /// Lets everything go and answers the stop. The last thing that happens to a queue.
