@@ -40,6 +40,11 @@ impl DirtyLog {
         Self { bits }
     }
 
+    /// Whether the memory was lost ([`SharedPart::is_lost`]): marks go nowhere.
+    pub fn is_lost(&self) -> bool {
+        self.bits.is_lost()
+    }
+
     /// Notes that `len` bytes at a guest physical address were written. To be called after they were.
     ///
     /// # Errors
