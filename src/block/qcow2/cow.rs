@@ -21,6 +21,7 @@ use super::journal::Room;
 use super::map::{Extent, Found};
 use super::record::{Closing, New, SECTOR, Writing};
 use super::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
+use super::write::Piece;
 use crate::block::error::Result;
 use crate::reactor::{Io, Sg};
 
@@ -110,18 +111,18 @@ impl Qcow2 {
         Some(Ends { head, tail })
     }
 
-    /// Writes `part` to new clusters of which the `ends` are incomplete.
+    /// Writes a piece to new clusters of which the `ends` are incomplete.
     pub(super) async fn write_incomplete_ends(
         &self,
         io: &Io,
         room: &mut Room<'_>,
         mut claim: Claim<'_>,
         fresh: Fresh<'_>,
-        offset: u64,
-        part: Sg<'_>,
+        piece: Piece<'_>,
         mut ends: Ends<'_>,
     ) -> Result<()> {
         let g = &self.tables.geometry;
+        let (offset, part) = (piece.offset, piece.bytes);
         let (skip, len) = (g.in_cluster(offset), part.len() as u64);
         let count = claim.count();
         let cluster = g.guest_cluster(GuestOffset(offset));

@@ -64,6 +64,9 @@ pub(super) use step;
 use std::future::poll_fn;
 use std::task::Poll;
 
+#[cfg(test)]
+pub(super) use steps::pass;
+
 pub(super) use log::{Journal, Noted, Room};
 pub(super) use memory::Memory;
 pub(in crate::block) use memory::is_empty;
@@ -219,5 +222,3 @@ pub(super) mod steps {
         }
     }
 }
-#[cfg(test)]
-pub(super) use steps::pass;

@@ -40,6 +40,13 @@ use crate::reactor::{AlignedBuf, Io, Sg};
 /// Pieces of a write with what is around it that need no list of their own.
 const FEW: usize = 8;
 
+/// A piece of a request: where on the disk it is to be written, and its bytes.
+#[derive(Clone, Copy)]
+pub(super) struct Piece<'a> {
+    pub(super) offset: u64,
+    pub(super) bytes: Sg<'a>,
+}
+
 /// Where a write goes.
 pub(super) enum Target {
     /// To clusters that are ours alone.
@@ -358,6 +365,10 @@ impl Qcow2 {
         let skip = g.in_cluster(offset);
         let len = ((fresh.count() << g.cluster_bits) - skip).min(from.len() as u64);
         let part = from.split_at(len as usize).0;
+        let piece = Piece {
+            offset,
+            bytes: part,
+        };
         let stays_zero = self.fresh_reads_zero(&fresh)
             && (0..claim.count()).all(|n| self.reads_zero(claim.get(n)));
         if stays_zero {
@@ -365,16 +376,16 @@ impl Qcow2 {
             let host = self.publish_fresh(io, room, claim, fresh, false);
             self.data.write(io, host.0 + skip, part).await?;
         } else if let Some(ends) = self.make_records(io, &claim, &fresh, offset, len) {
-            self.write_incomplete_ends(io, room, claim, fresh, offset, part, ends)
+            self.write_incomplete_ends(io, room, claim, fresh, piece, ends)
                 .await?;
         } else {
-            self.write_copied(io, below, room, claim, fresh, offset, part)
+            self.write_copied(io, below, room, claim, fresh, piece)
                 .await?;
         }
         Ok(len)
     }
 
-    /// Writes `part`, with what was there around it, to new clusters, and publishes them.
+    /// Writes a piece, with what was there around it, to new clusters, and publishes them.
     async fn write_copied<B: Below + ?Sized>(
         &self,
         io: &Io,
@@ -382,10 +393,10 @@ impl Qcow2 {
         room: &mut Room<'_>,
         claim: Claim<'_>,
         fresh: Fresh<'_>,
-        offset: u64,
-        part: Sg<'_>,
+        piece: Piece<'_>,
     ) -> Result<()> {
         let g = &self.tables.geometry;
+        let (offset, part) = (piece.offset, piece.bytes);
         let (skip, len) = (g.in_cluster(offset), part.len() as u64);
         let (first, count) = (fresh.first(), fresh.count());
         let base = offset - skip;

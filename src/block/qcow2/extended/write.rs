@@ -8,6 +8,7 @@ use super::super::entry;
 use super::super::freed::Freed;
 use super::super::journal::Room;
 use super::super::units::{GuestCluster, GuestOffset, HostCluster, HostOffset};
+use super::super::write::Piece;
 use super::changes::{Purpose, Reservation};
 use super::entry::{ALL, Host, Pair, Subclusters};
 use crate::block::error::Result;
@@ -104,7 +105,11 @@ impl Qcow2 {
                     .await
             }
             Step::Remake(reservation, old) => {
-                let remake = self.remake(io, below, &mut room, reservation, &old, offset, from);
+                let piece = Piece {
+                    offset,
+                    bytes: from,
+                };
+                let remake = self.remake(io, below, &mut room, reservation, &old, piece);
                 remake.await
             }
         }
@@ -313,10 +318,10 @@ impl Qcow2 {
         room: &mut Room<'_>,
         reservation: Reservation<'_>,
         old: &Pair,
-        offset: u64,
-        from: Sg<'_>,
+        piece: Piece<'_>,
     ) -> Result<u64> {
         let g = &self.tables.geometry;
+        let (offset, from) = (piece.offset, piece.bytes);
         let cluster = g.guest_cluster(GuestOffset(offset));
         let skip = g.in_cluster(offset);
         let len = (g.cluster_size() - skip).min(from.len() as u64);

@@ -265,6 +265,10 @@ impl Qcow2 {
     ) -> Result<bool> {
         let place = self.tables.place(record.guest);
         self.check_slice(place.slice)?;
+        if record.host & !entry::OFFSET != 0 {
+            let what = format_args!("a record of cluster {:#x}", record.host);
+            return Err(self.foreign(what));
+        }
         let new = entry::data(HostOffset(record.host));
         self.check_pair(io, record.guest, (new, 0), hosts).await?;
         let there = loop {

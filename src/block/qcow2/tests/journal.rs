@@ -381,7 +381,7 @@ fn life(
     steps::watch(Some(Box::new(move |place| {
         // Often passed ones less often.
         let before = watched.judged.borrow().get(place).copied().unwrap_or(0);
-        if watched.random() % (4 + before * 4) == 0 {
+        if before < 8 && watched.random() % (4 + before * 8) == 0 {
             watched.kill(place);
         }
     })));
@@ -390,7 +390,10 @@ fn life(
             for _ in 0..world.random() % 64 {
                 io.yield_now().await;
             }
-            steps::unwatched(|| world.kill("storage"));
+            let before = world.judged.borrow().get("storage").copied().unwrap_or(0);
+            if world.random() % (1 + before / 8) == 0 {
+                steps::unwatched(|| world.kill("storage"));
+            }
         }
     };
     io.block_on(together(

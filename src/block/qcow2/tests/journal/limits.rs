@@ -257,7 +257,10 @@ fn a_full_log_makes_writers_wait_for_mappings_to_be_written_and_nobody_for_himse
             let models = RefCell::new(Vec::new());
             let tasks = (0..4).map(|n| {
                 let (models, task) = (&models, task(n));
-                Box::pin(async move { models.borrow_mut().push(task.await) }) as Boxed<'_>
+                Box::pin(async move {
+                    let model = task.await;
+                    models.borrow_mut().push(model);
+                }) as Boxed<'_>
             });
             together(tasks).await;
             assert!(
@@ -296,7 +299,7 @@ fn killed(options: &str, below: usize) -> Case {
     case
 }
 
-fn refused(case: &Case, why: &str) {
+fn refused(case: &Case, why: &str) -> String {
     let before = the_sim(&case.storage).image();
     let error = case.io.block_on(case.start()).map(|_| ());
     let error = error.expect_err(why);
@@ -305,6 +308,7 @@ fn refused(case: &Case, why: &str) {
     assert!(text.contains("end the VM and start it anew"), "{text}");
     let same = the_sim(&case.storage).image() == before;
     assert!(same, "{why}: the image has changed");
+    text
 }
 
 #[test]
@@ -337,7 +341,8 @@ fn an_image_that_somebody_else_has_written_to_meanwhile_is_refused() {
     case.images.qemu_io("a", &["write 0 512"]);
     let mut changed = killed("cluster_size=4k", 300_000);
     changed.storage = sim(std::fs::read(&file).expect("image"), Sim::default());
-    refused(&changed, "QEMU has written to it");
+    let text = refused(&changed, "QEMU has written to it");
+    assert!(text.contains("its mark is gone"), "{text}");
     // Version 2 has no mark: the refcounts tell.
     let case = killed("cluster_size=4k,compat=0.10", 0);
     std::fs::write(&file, the_sim(&case.storage).image()).expect("image");
@@ -348,7 +353,8 @@ fn an_image_that_somebody_else_has_written_to_meanwhile_is_refused() {
         .expect("qemu-img");
     let mut changed = killed("cluster_size=4k,compat=0.10", 0);
     changed.storage = sim(std::fs::read(&file).expect("image"), Sim::default());
-    refused(&changed, "its leaks were given back");
+    let text = refused(&changed, "its leaks were given back");
+    assert!(text.contains("has refcount 0"), "{text}");
 }
 
 #[test]
