@@ -25,12 +25,21 @@ pub(super) fn has_capacity(offset: u32, len: u32) -> bool {
     normalized(offset) == 0 && len >= 8
 }
 
-/// Writes to the configuration space. A VMM may write more than the field that changes, all of it in a migration
-/// (vhost-user.rst, `VHOST_USER_SET_CONFIG`): that is accepted if nothing else would change.
-pub(super) fn write(device: &dyn Device, offset: u32, data: &[u8]) -> Result<(), String> {
+/// The flags of a write that is part of a migration, and no driver's (vhost-user.rst, "Virtio device config
+/// space").
+const MIGRATION: u32 = 1;
+
+/// Writes to the configuration space. In a migration a VMM may write all of it: that is accepted if nothing but
+/// the write cache's mode would change.
+pub(super) fn write(
+    device: &dyn Device,
+    offset: u32,
+    flags: u32,
+    data: &[u8],
+) -> Result<(), String> {
     let offset = normalized(offset);
     let at = WRITE_CACHE_OFFSET.checked_sub(offset).map(|at| at as usize);
-    let Some(at) = at.filter(|at| data.len() > 1 && *at < data.len()) else {
+    let Some(at) = at.filter(|at| flags == MIGRATION && *at < data.len()) else {
         return device.set_config(offset, data);
     };
     let ours = read(device, offset, data.len() as u32)?;

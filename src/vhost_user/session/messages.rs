@@ -256,8 +256,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         Ok(bytes)
     }
 
-    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
-        config::write(&*self.device, offset, buf).map_err(refuse)
+    fn set_config(&mut self, offset: u32, buf: &[u8], flags: VhostUserConfigFlags) -> Result<()> {
+        config::write(&*self.device, offset, flags.bits(), buf).map_err(refuse)
     }
 
     fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {

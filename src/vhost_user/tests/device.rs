@@ -51,9 +51,15 @@ fn config_is_written_where_it_may_be() {
     assert!(bench.try_set(Req::SET_CONFIG, &write(32, &[1]), &[]));
     assert!(bench.try_set(Req::SET_CONFIG, &write(0x120, &[0]), &[]));
     assert!(!bench.try_set(Req::SET_CONFIG, &write(0, &[0; 8]), &[]));
-    // All of it, as in a migration, is the same with the write cache's mode in it.
+    // All of it with the write cache's mode in it: in a migration, and not from a driver.
     let mut all: Vec<u8> = (0..60).collect();
     all[32] = 1;
+    assert!(!bench.try_set(Req::SET_CONFIG, &write(0, &all), &[]));
+    let write = |offset: u32, data: &[u8]| {
+        let mut payload = write(offset, data);
+        payload[8] = 1;
+        payload
+    };
     assert!(bench.try_set(Req::SET_CONFIG, &write(0, &all), &[]));
     assert!(bench.try_set(Req::SET_CONFIG, &write(30, &all[30..40]), &[]));
     all[8] ^= 1;
