@@ -14,8 +14,9 @@ use std::process::Command;
 use common::{Random, SOON, program, until};
 use vhost_user_frontend as frontend;
 
-use frontend::{Daemon, Disk, Memory, Program, TempDir, process};
-use vm::{DISK, Log, Vm, Vmm};
+use frontend::protocol::feature;
+use frontend::{Daemon, Device, DeviceOptions, Disk, Memory, Program, TempDir, process};
+use vm::{DISK, Log, Vm, Vmm, specs};
 
 /// An overlay that writes must copy into, and what it shows.
 fn image(dir: &TempDir) -> (PathBuf, Vec<u8>) {
@@ -422,4 +423,74 @@ fn the_write_cache_mode_that_the_guest_chose_goes_along() {
     vm.check_disk();
     last.stop();
     assert!(qemu_img(&["check", "-q"], &[&image]));
+}
+
+#[test]
+fn copying_that_is_put_off_is_done_while_writes_are_logged() {
+    let dir = TempDir::new();
+    let (image, contents) = image(&dir);
+    let host = Host::new(&image);
+    let mut options = DeviceOptions {
+        memory: specs(),
+        ..DeviceOptions::default()
+    };
+    options.slots.count = 4;
+    let mut device = Device::start(host.daemon.socket(), options).unwrap();
+    // What a write of the first sector of a cluster leaves to be copied.
+    const CLUSTER: usize = 64 << 10;
+    let copied = |cluster: usize| {
+        let around = &contents[cluster * CLUSTER + 512..][..512];
+        let file = std::fs::read(&image).unwrap();
+        file.chunks(512).any(|sector| sector == around)
+    };
+    let write = |device: &mut Device, cluster: usize| {
+        let sector = (cluster * CLUSTER / 512) as u64;
+        device.write(sector, &[0x5a; 512]).unwrap();
+    };
+    write(&mut device, 3);
+    assert!(!copied(3), "put off");
+    let log = Log::new();
+    let client = device.client().unwrap();
+    client.set_log_base(log.size(), 0, log.fd()).unwrap();
+    client
+        .set_features(device.features() | feature::LOG_ALL)
+        .unwrap();
+    until("what was put off is done", || copied(3));
+    write(&mut device, 5);
+    assert!(copied(5), "done at once");
+    let client = device.client().unwrap();
+    client.set_features(device.features()).unwrap();
+    // A turn of the worker's later.
+    device.get_id().unwrap();
+    write(&mut device, 7);
+    assert!(!copied(7), "put off again");
+}
+
+#[cfg(debug_assertions)]
+#[test]
+fn a_source_that_is_killed_while_it_hands_over_leaves_all_that_was_completed() {
+    for point in ["stop-flushed", "stop-released"] {
+        let dir = TempDir::new();
+        let (image, contents) = image(&dir);
+        let mut vm = Vm::new(contents, 12);
+        vm.flushes = false;
+        let words = format!("export VIRTIOBLKD_KILL_POINT={point}:1");
+        let (mut host, other) = (Host::prepared(&dir, &image, &words), Host::new(&image));
+        let source = host.boot(&mut vm);
+        let target = other.connect(&vm);
+        vm.run(100);
+        vm.drain();
+        let bases = [0, 1].map(|queue| vm.available(queue));
+        let answers = [0, 1].map(|index| source.client.get_vring_base(index));
+        assert!(answers.iter().any(Result::is_err), "{point}");
+        host.daemon.kill();
+        target.start(&mut vm, bases, false).unwrap();
+        vm.run(100);
+        vm.check_disk();
+        target.stop();
+        assert!(
+            qemu_img(&["check", "-q", "-r", "leaks"], &[&image]),
+            "{point}"
+        );
+    }
 }

@@ -5,6 +5,7 @@
 //! rings, data that was read, status bytes) has pages of its own and is copied only where the dirty log says so.
 
 use std::collections::BTreeSet;
+use std::os::fd::RawFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
@@ -67,7 +68,8 @@ pub struct Vm {
     pub flushes: bool,
 }
 
-fn specs() -> Vec<RegionSpec> {
+/// Below and above the hole under 4 GiB, as a PC has it.
+pub fn specs() -> Vec<RegionSpec> {
     vec![
         RegionSpec::new(0, 2 << 20),
         RegionSpec::new(1 << 32, 2 << 20).at_offset(64 << 10),
@@ -331,8 +333,14 @@ impl Log {
         Self(Region::new(RegionSpec::new(0, bytes)).unwrap())
     }
 
-    fn size(&self) -> u64 {
+    /// Bytes.
+    pub fn size(&self) -> u64 {
         self.0.spec().size
+    }
+
+    /// Its file.
+    pub fn fd(&self) -> RawFd {
+        self.0.fd()
     }
 
     /// The pages that were marked; they are not any more.
@@ -408,7 +416,7 @@ impl Vmm {
 
     /// Turns logging on as QEMU does.
     pub fn log_on(&self, vm: &Vm, log: &Log) {
-        self.client.set_log_base(log.size(), 0, log.0.fd()).unwrap();
+        self.client.set_log_base(log.size(), 0, log.fd()).unwrap();
         self.set_logging(vm, true);
     }
 
