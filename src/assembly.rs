@@ -9,9 +9,11 @@ use log::{info, warn};
 use thiserror::Error;
 
 use crate::block::crypt::{KeySource, KeySpec};
-use crate::block::{self, Disk, DiskSpec};
+use crate::block::{self, Disk, DiskSpec, HandedFiles};
 use crate::config::{self, BackingCache, CacheMode, Config, DiskConfig, WorkersConfig};
-use crate::daemon::{Daemon, DaemonError, DiskEndpoint, Options, Signals};
+use crate::daemon::{
+    Daemon, DaemonError, DiskEndpoint, Options, Predecessor, Program, Signals, UpgradeError,
+};
 use crate::dataplane::device::{BlkDevice, DeviceSettings};
 use crate::dataplane::{Dataplane, DataplaneConfig, PollConfig, PollMode};
 use crate::reactor::{Io, IoConfig};
@@ -60,6 +62,9 @@ pub enum AssemblyError {
         /// Why it failed.
         source: io::Error,
     },
+    /// The place of another process cannot be taken.
+    #[error("taking over: {0}")]
+    Upgrade(#[from] UpgradeError),
     /// The daemon's own life cycle.
     #[error(transparent)]
     Daemon(#[from] DaemonError),
@@ -73,13 +78,32 @@ fn system(operation: &'static str) -> impl FnOnce(io::Error) -> AssemblyError {
 pub fn run(config: &Config) -> Result<(), AssemblyError> {
     // Before the first thread, which inherits the mask.
     let signals = Signals::block().map_err(system("blocking signals"))?;
+    let program = Program::of_this_process().map_err(system("finding out how it was started"))?;
+    let predecessor = Predecessor::of_this_process()?;
+    let daemon = start(config, program, predecessor.as_ref()).inspect_err(|error| {
+        if let Some(predecessor) = &predecessor {
+            predecessor.refuse(&error.to_string());
+        }
+    })?;
+    // Whatever was not taken over is closed.
+    drop(predecessor);
+    Ok(daemon.run(&signals)?)
+}
+
+/// Everything up to the point where VMMs are served.
+fn start(
+    config: &Config,
+    program: Program,
+    predecessor: Option<&Predecessor>,
+) -> Result<Daemon, AssemblyError> {
     sigbus::install().map_err(system("installing the SIGBUS handler"))?;
     raise_open_files_limit();
     let plane =
         Dataplane::start(&plane_config(&config.workers)).map_err(system("starting the workers"))?;
     let mut endpoints = Vec::with_capacity(config.disks.len());
     for disk in &config.disks {
-        let device = open_device(&plane, disk)?;
+        let handed = predecessor.map(|predecessor| predecessor.images_of(&disk.name));
+        let device = open_device_with(&plane, disk, handed.unwrap_or_default())?;
         info!(
             "disk {:?}: {}; {} queues of up to {}, {} workers, serial {:?}",
             disk.name,
@@ -98,8 +122,12 @@ pub fn run(config: &Config) -> Result<(), AssemblyError> {
     let options = Options {
         once: config.once,
         pid_file: config.pid_file.clone(),
+        program: Some(program),
     };
-    Ok(Daemon::new(endpoints, &options)?.run(&signals)?)
+    Ok(match predecessor {
+        None => Daemon::new(endpoints, &options)?,
+        Some(predecessor) => Daemon::take_over(predecessor, endpoints, &options)?,
+    })
 }
 
 /// A VMM may share its memory in hundreds of regions, each with a file of its own.
@@ -141,6 +169,15 @@ fn plane_config(workers: &WorkersConfig) -> DataplaneConfig {
 /// Opens a disk's image (its headers: nothing is locked before a ring starts) and makes the device that
 /// the guest will see.
 pub fn open_device(plane: &Arc<Dataplane>, disk: &DiskConfig) -> Result<BlkDevice, AssemblyError> {
+    open_device_with(plane, disk, Arc::default())
+}
+
+/// [`open_device`], with the image files that another process has handed over.
+fn open_device_with(
+    plane: &Arc<Dataplane>,
+    disk: &DiskConfig,
+    handed: Arc<HandedFiles>,
+) -> Result<BlkDevice, AssemblyError> {
     let name = &disk.name;
     let io = Io::new(&IoConfig {
         worker: 0,
@@ -148,12 +185,12 @@ pub fn open_device(plane: &Arc<Dataplane>, disk: &DiskConfig) -> Result<BlkDevic
         epochs: plane.epochs().clone(),
     })
     .map_err(system("making an io_uring"))?;
-    let image =
-        io.block_on(Disk::open(&io, spec(disk)))
-            .map_err(|source| AssemblyError::Image {
-                name: name.clone(),
-                source,
-            })?;
+    let image = io
+        .block_on(Disk::open(&io, spec(disk, handed)))
+        .map_err(|source| AssemblyError::Image {
+            name: name.clone(),
+            source,
+        })?;
     let what = image.limits();
     let limits = DeviceLimits {
         capacity_bytes: image.size(),
@@ -209,7 +246,7 @@ pub fn open_device(plane: &Arc<Dataplane>, disk: &DiskConfig) -> Result<BlkDevic
     Ok(BlkDevice::new(plane.clone(), image, settings, config))
 }
 
-fn spec(disk: &DiskConfig) -> DiskSpec {
+fn spec(disk: &DiskConfig, handed: Arc<HandedFiles>) -> DiskSpec {
     let source = match &disk.source {
         config::Source::File { path } => block::Source::File { path: path.clone() },
         config::Source::Null { size } => block::Source::Null { size: *size },
@@ -238,6 +275,7 @@ fn spec(disk: &DiskConfig) -> DiskSpec {
         l2_cache_bytes: disk.l2_cache_size,
         data_file: disk.data_file.clone(),
         keys: disk.keys.iter().map(key).collect(),
+        handed,
         ..DiskSpec::new(source, format)
     }
 }

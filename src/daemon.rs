@@ -13,6 +13,7 @@ mod notify;
 mod pid_file;
 mod poller;
 mod signals;
+mod upgrade;
 
 use std::collections::HashMap;
 use std::io;
@@ -24,12 +25,14 @@ use std::thread::JoinHandle;
 use log::{error, info, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::vhost_user::{Device, Listen, ListenError};
+use crate::vhost_user::{Connection, Device, Listen, ListenError, Source};
 use disk::Disk;
 use pid_file::PidFile;
 pub use pid_file::PidFileError;
 use poller::Poller;
 pub use signals::Signals;
+use upgrade::{Inheritance, Upgrade, UpgradeDisk, door};
+pub use upgrade::{Predecessor, Program, UpgradeError};
 
 /// One disk and where its VMM comes in.
 pub struct DiskEndpoint {
@@ -49,6 +52,8 @@ pub struct Options {
     pub once: bool,
     /// A file to hold our process id while we live.
     pub pid_file: Option<PathBuf>,
+    /// What SIGUSR2 starts to take this process's place; none: nothing.
+    pub program: Option<Program>,
 }
 
 /// Why the daemon did not start, or did not end well.
@@ -65,6 +70,9 @@ pub enum DaemonError {
     /// The pid file cannot be had.
     #[error(transparent)]
     PidFile(#[from] PidFileError),
+    /// The place of another process cannot be taken.
+    #[error("taking over: {0}")]
+    Upgrade(#[from] UpgradeError),
     /// A system call failed.
     #[error("{operation}: {source}")]
     System {
@@ -132,12 +140,20 @@ pub struct Daemon {
     disks: Vec<Disk>,
     stopper: Stopper,
     refresher: Refresher,
+    upgradable: Upgradable,
     // Released last: whoever waits for it finds the sockets gone.
     _pid_file: Option<PidFile>,
 }
 
+/// What an upgrade needs.
+struct Upgradable {
+    program: Option<Program>,
+    disks: Arc<Vec<UpgradeDisk>>,
+}
+
 const TOKEN_SIGNAL: u64 = 0;
 const TOKEN_DONE: u64 = 1;
+const TOKEN_UPGRADE: u64 = 2;
 
 impl Daemon {
     /// Takes the pid file and opens the sockets. From here on VMMs may connect: call it when everything
@@ -147,9 +163,7 @@ impl Daemon {
     /// Another instance holds the pid file, or a socket cannot be had. Nothing is left behind.
     pub fn new(endpoints: Vec<DiskEndpoint>, options: &Options) -> Result<Self, DaemonError> {
         let pid_file = options.pid_file.as_deref().map(PidFile::take).transpose()?;
-        let mut disks = Vec::with_capacity(endpoints.len());
-        let mut stops = Vec::with_capacity(endpoints.len());
-        let mut refreshes = Vec::with_capacity(endpoints.len());
+        let mut disks = Disks::new(options);
         for DiskEndpoint {
             name,
             listen,
@@ -160,32 +174,40 @@ impl Daemon {
                 Ok(source) => source,
                 Err(source) => return Err(DaemonError::Listen { name, source }),
             };
-            let stop = event()?;
-            stops.push(stop.try_clone().map_err(system("eventfd"))?);
-            let refresh = event()?;
-            refreshes.push(refresh.try_clone().map_err(system("eventfd"))?);
-            let changed = event()?;
-            device.on_change(changed.try_clone().map_err(system("eventfd"))?);
-            disks.push(Disk {
-                name,
-                source,
-                device,
-                once: options.once,
-                stop,
-                refresh,
-                changed,
-            });
+            disks.add(name, source, device, None)?;
         }
-        Ok(Daemon {
-            disks,
-            stopper: Stopper {
-                stops: Arc::new(stops),
-            },
-            refresher: Refresher {
-                events: Arc::new(refreshes),
-            },
-            _pid_file: pid_file,
-        })
+        Ok(disks.daemon(pid_file))
+    }
+
+    /// Takes the place of another process with all that it serves, instead of [`new`](Daemon::new). That process is
+    /// out of it when this returns; after an error it goes on.
+    ///
+    /// # Errors
+    /// What it serves is not what `endpoints` are, or it does not let go.
+    pub fn take_over(
+        predecessor: &Predecessor,
+        endpoints: Vec<DiskEndpoint>,
+        options: &Options,
+    ) -> Result<Self, DaemonError> {
+        let inherited = predecessor.take_over(endpoints)?;
+        // It serves now: nothing of what follows may end it.
+        let pid_file = options.pid_file.as_deref().and_then(|path| {
+            PidFile::inherit(path)
+                .inspect_err(|error| error!("{error}; the file still names the old process"))
+                .ok()
+        });
+        let mut disks = Disks::new(options);
+        for Inheritance {
+            name,
+            source,
+            device,
+            connection,
+            ..
+        } in inherited
+        {
+            disks.add(name, source, device, connection)?;
+        }
+        Ok(disks.daemon(pid_file))
     }
 
     /// What ends this daemon.
@@ -211,9 +233,11 @@ impl Daemon {
             disks,
             stopper,
             refresher,
+            upgradable,
             _pid_file,
         } = self;
         let done = event()?;
+        let upgrade_failed = event()?;
         let poller = Poller::new().map_err(system("epoll_create"))?;
         poller
             .add(signals, poller::IN, TOKEN_SIGNAL)
@@ -221,11 +245,17 @@ impl Daemon {
         poller
             .add(&done, poller::IN, TOKEN_DONE)
             .map_err(system("epoll_ctl"))?;
+        poller
+            .add(&upgrade_failed, poller::IN, TOKEN_UPGRADE)
+            .map_err(system("epoll_ctl"))?;
 
         let (numbers, ended) = mpsc::channel();
         let mut threads = Threads {
             running: HashMap::with_capacity(disks.len()),
             first_error: None,
+            upgradable,
+            upgrade: None,
+            upgrade_failed,
         };
         for (number, disk) in disks.into_iter().enumerate() {
             let started = done
@@ -250,7 +280,9 @@ impl Daemon {
         if threads.first_error.is_none() {
             notify::notify(notify::READY);
         }
-        if let Err(error) = threads.watch(&poller, signals, &done, &ended, (&stopper, &refresher)) {
+        let watched = threads.watch(&poller, signals, &done, &ended, (&stopper, &refresher));
+        threads.end_upgrade();
+        if let Err(error) = watched {
             // Nobody could end the disks any more.
             stopper.stop();
             threads.reap_all();
@@ -260,10 +292,89 @@ impl Daemon {
     }
 }
 
+/// Disks being put together to a daemon.
+struct Disks {
+    once: bool,
+    program: Option<Program>,
+    disks: Vec<Disk>,
+    stops: Vec<EventFd>,
+    refreshes: Vec<EventFd>,
+    doors: Vec<UpgradeDisk>,
+}
+
+impl Disks {
+    fn new(options: &Options) -> Self {
+        Disks {
+            once: options.once,
+            program: options.program.clone(),
+            disks: Vec::new(),
+            stops: Vec::new(),
+            refreshes: Vec::new(),
+            doors: Vec::new(),
+        }
+    }
+
+    fn add(
+        &mut self,
+        name: String,
+        source: Source,
+        device: Arc<dyn Device>,
+        inherited: Option<Connection>,
+    ) -> Result<(), DaemonError> {
+        let stop = event()?;
+        self.stops
+            .push(stop.try_clone().map_err(system("eventfd"))?);
+        let refresh = event()?;
+        self.refreshes
+            .push(refresh.try_clone().map_err(system("eventfd"))?);
+        let changed = event()?;
+        device.on_change(changed.try_clone().map_err(system("eventfd"))?);
+        let (knocker, door) = door().map_err(system("eventfd"))?;
+        self.doors.push(UpgradeDisk {
+            name: name.clone(),
+            device: device.clone(),
+            knocker,
+        });
+        self.disks.push(Disk {
+            name,
+            source,
+            device,
+            once: self.once,
+            stop,
+            refresh,
+            changed,
+            door,
+            inherited,
+        });
+        Ok(())
+    }
+
+    fn daemon(self, pid_file: Option<PidFile>) -> Daemon {
+        Daemon {
+            disks: self.disks,
+            stopper: Stopper {
+                stops: Arc::new(self.stops),
+            },
+            refresher: Refresher {
+                events: Arc::new(self.refreshes),
+            },
+            upgradable: Upgradable {
+                program: self.program,
+                disks: Arc::new(self.doors),
+            },
+            _pid_file: pid_file,
+        }
+    }
+}
+
 /// The control threads of the disks.
 struct Threads {
     running: HashMap<usize, (String, JoinHandle<io::Result<()>>)>,
     first_error: Option<DaemonError>,
+    upgradable: Upgradable,
+    /// The one that is under way.
+    upgrade: Option<Upgrade>,
+    upgrade_failed: EventFd,
 }
 
 impl Threads {
@@ -308,12 +419,19 @@ impl Threads {
                             info!("signal {signal}: draining; a second signal ends at once");
                             notify::notify(notify::STOPPING);
                             stopping = true;
+                            if let Some(upgrade) = &self.upgrade {
+                                upgrade.abort();
+                            }
                             stopper.stop();
                         }
                         libc::SIGHUP => {
                             info!("signal {signal}: looking at the sizes of the disks");
                             refresher.refresh();
                         }
+                        libc::SIGUSR2 if stopping => {
+                            info!("signal {signal}: no upgrade, since this process is ending");
+                        }
+                        libc::SIGUSR2 => self.begin_upgrade(),
                         _ => info!("signal {signal}: nothing to do"),
                     }
                 }
@@ -322,8 +440,37 @@ impl Threads {
                 let _ = done.read();
                 ended.try_iter().for_each(|number| self.reap(number));
             }
+            if tokens.contains(&TOKEN_UPGRADE) {
+                let _ = self.upgrade_failed.read();
+                self.end_upgrade();
+            }
         }
         Ok(())
+    }
+
+    fn begin_upgrade(&mut self) {
+        if self.upgrade.is_some() {
+            info!("an upgrade was asked for, and one is under way already");
+            return;
+        }
+        let Upgradable { program, disks } = &self.upgradable;
+        let Some(program) = program else {
+            warn!("an upgrade was asked for, and it is not known how this process was started");
+            return;
+        };
+        let begun = self.upgrade_failed.try_clone();
+        match begun.and_then(|failed| Upgrade::begin(program, disks, failed)) {
+            Ok(upgrade) => self.upgrade = Some(upgrade),
+            Err(error) => error!("the upgrade cannot begin: {error}"),
+        }
+    }
+
+    /// Sees to it that none is under way.
+    fn end_upgrade(&mut self) {
+        if let Some(upgrade) = self.upgrade.take() {
+            upgrade.abort();
+            upgrade.join();
+        }
     }
 
     fn reap_all(&mut self) {

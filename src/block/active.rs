@@ -1,7 +1,7 @@
 //! A disk in use: what requests go to.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::reactor::{Io, Sg};
 
@@ -15,17 +15,29 @@ use super::storage::Storage;
 
 /// The locks of a chain of images; dropping it gives them back.
 #[derive(Debug, Default)]
-pub(super) struct Locks(Vec<Arc<Storage>>);
+pub(super) struct Locks {
+    of: Vec<Arc<Storage>>,
+    /// They were given back, or left to another process.
+    over: AtomicBool,
+}
 
 impl Locks {
     pub(super) fn take(&mut self, storage: &Arc<Storage>, role: Role) -> Result<()> {
         storage.lock(role)?;
-        self.0.push(storage.clone());
+        self.of.push(storage.clone());
         Ok(())
     }
 
     fn release(&self) {
-        self.0.iter().for_each(|storage| storage.unlock());
+        if !self.over.swap(true, Ordering::AcqRel) {
+            self.of.iter().for_each(|storage| storage.unlock());
+        }
+    }
+
+    fn keep(&self) {
+        if !self.over.swap(true, Ordering::AcqRel) {
+            self.of.iter().for_each(|storage| storage.keep_locked());
+        }
     }
 }
 
@@ -282,11 +294,38 @@ impl ActiveDisk {
     /// # Errors
     /// The first one met; the locks are released all the same.
     pub async fn deactivate(self: Arc<Self>, io: &Io) -> Result<()> {
-        let closed = match self.read_only {
-            true => Ok(()),
-            false => self.layers[0].close(io, &self.layers[1..]).await,
-        };
+        let closed = self.close(io).await;
         self.locks.release();
         closed
+    }
+
+    /// As [`ActiveDisk::deactivate`], but the images stay locked: for a process that has
+    /// [their files](ActiveDisk::files) and goes on with them, or for this one.
+    ///
+    /// # Errors
+    /// As [`ActiveDisk::deactivate`]; the images stay locked all the same.
+    pub async fn deactivate_locked(self: Arc<Self>, io: &Io) -> Result<()> {
+        let closed = self.close(io).await;
+        self.locks.keep();
+        closed
+    }
+
+    async fn close(&self, io: &Io) -> Result<()> {
+        match self.read_only {
+            true => Ok(()),
+            false => self.layers[0].close(io, &self.layers[1..]).await,
+        }
+    }
+
+    /// Descriptors of all files that are locked, to be handed to another process.
+    ///
+    /// # Errors
+    /// Too many files are open.
+    pub fn files(&self) -> std::io::Result<Vec<std::fs::File>> {
+        let files = self.locks.of.iter().filter_map(|storage| match &**storage {
+            Storage::File(file) => Some(file.file().try_clone()),
+            _ => None,
+        });
+        files.collect()
     }
 }

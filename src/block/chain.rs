@@ -172,7 +172,7 @@ pub(super) async fn open(io: &Io, spec: &DiskSpec, keys: &Keys) -> Result<Vec<Li
             read_only: true,
             direct: spec.backing_cache == CacheMode::None,
         };
-        let storage = FileStorage::open(&real, options)?;
+        let storage = FileStorage::open_with(&real, options, &spec.handed)?;
         // A link may have been put in the way since the name was looked up.
         if let Some(opened) = storage.real_path().filter(|opened| !is_allowed(opened)) {
             return Err(not_allowed(named, "backing file", &backing.name, &opened));
@@ -252,7 +252,7 @@ pub(super) fn open_raw(path: &Path, spec: &DiskSpec, raw: bool) -> Result<FileSt
         read_only: spec.read_only,
         direct: spec.cache == CacheMode::None,
     };
-    let mut storage = FileStorage::open(path, options)?;
+    let mut storage = FileStorage::open_with(path, options, &spec.handed)?;
     let limits = *storage.limits();
     let in_part = storage.len() % limits.io_align as u64 != 0;
     if in_part && !spec.read_only && raw {
@@ -266,7 +266,7 @@ pub(super) fn open_raw(path: &Path, spec: &DiskSpec, raw: bool) -> Result<FileSt
             limits.io_align,
         );
         options.direct = false;
-        storage = FileStorage::open(path, options)?;
+        storage = FileStorage::open_with(path, options, &spec.handed)?;
     }
     Ok(storage)
 }

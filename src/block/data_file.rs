@@ -66,7 +66,7 @@ pub(super) fn open(links: &mut [Link], spec: &DiskSpec, allowed: &[PathBuf]) -> 
                 read_only: true,
                 direct: spec.backing_cache == CacheMode::None,
             };
-            FileStorage::open(&real, options)?
+            FileStorage::open_with(&real, options, &spec.handed)?
         }
     };
     // A link may have been put in the way since the name was looked up.

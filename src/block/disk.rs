@@ -125,6 +125,42 @@ impl Disk {
         &self.spec
     }
 
+    /// Gives locks back that [`ActiveDisk::deactivate_locked`] has left and that nobody goes on with.
+    pub fn unlock_kept(&self) {
+        for link in &self.links {
+            link.storage.unlock_kept();
+            if let Some(data) = &link.data {
+                data.storage.unlock_kept();
+            }
+        }
+    }
+
+    /// Descriptors of all files that are open, to be handed to another process.
+    ///
+    /// # Errors
+    /// Too many files are open.
+    pub fn files(&self) -> std::io::Result<Vec<std::fs::File>> {
+        let data = |link: &Link| link.data.as_ref().map(|data| data.storage.clone());
+        let storages = self
+            .links
+            .iter()
+            .flat_map(|link| [Some(link.storage.clone()), data(link)]);
+        let files = storages.flatten().filter_map(|storage| match &*storage {
+            Storage::File(file) => Some(file.file().try_clone()),
+            _ => None,
+        });
+        files.collect()
+    }
+
+    /// Descriptors for a process that reads the same configuration as this one, each with the number that it is
+    /// to have there: the keys that were given by descriptor, to be read once more.
+    ///
+    /// # Errors
+    /// No more pipes are to be had.
+    pub fn descriptors(&self) -> std::io::Result<Vec<(std::os::fd::RawFd, std::fs::File)>> {
+        self.keys.descriptors()
+    }
+
     /// What the guest should know.
     pub fn limits(&self) -> DiskLimits {
         let Some(top) = self.links.first() else {

@@ -10,12 +10,14 @@ mod space;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::reactor::{Io, IoFile, Op, Sg};
 
 use super::error::{Error, ErrorKind, Result};
+use super::handed::HandedFiles;
 use super::storage::Limits;
 use edges::{EdgeGuard, Edges};
 
@@ -50,16 +52,31 @@ pub struct FileStorage {
     lost: AtomicI32,
     edges: Edges,
     pub(super) held: super::lock::Held,
+    /// Of a file that was handed over: whether its locks are this process's to give back.
+    pub(super) locks_ours: Option<Arc<AtomicBool>>,
 }
 
 impl FileStorage {
     /// Opens `path`. Blocks: not for a worker.
     pub fn open(path: impl AsRef<Path>, options: FileOptions) -> Result<Self> {
+        Self::open_with(path, options, &HandedFiles::default())
+    }
+
+    /// As [`FileStorage::open`]; goes on with the one of `handed` that is this very file.
+    pub fn open_with(
+        path: impl AsRef<Path>,
+        options: FileOptions,
+        handed: &HandedFiles,
+    ) -> Result<Self> {
         let path = path.as_ref();
         let opened = probe::open(path, options.read_only, options.direct)?;
+        let (file, locks_ours) = match handed.take(&opened.file) {
+            Some(handed) => (handed.file, Some(handed.ours)),
+            None => (opened.file, None),
+        };
         Ok(Self {
             path: path.to_owned(),
-            file: IoFile::new(opened.file),
+            file: IoFile::new(file),
             device: opened.device,
             direct: opened.direct,
             read_only: options.read_only,
@@ -70,6 +87,7 @@ impl FileStorage {
             lost: AtomicI32::new(0),
             edges: Edges::default(),
             held: super::lock::Held::default(),
+            locks_ours,
         })
     }
 

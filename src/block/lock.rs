@@ -14,6 +14,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::error::{Error, ErrorKind, Result};
+use super::file::FileStorage;
 use super::storage::Storage;
 
 /// QEMU's `BLK_PERM_*`.
@@ -92,6 +93,34 @@ impl Storage {
         if storage.held.0.swap(0, Ordering::AcqRel) == 0 {
             return;
         }
+        let ours = storage.locks_ours.as_ref();
+        if ours.is_none_or(|ours| ours.load(Ordering::Acquire)) {
+            self.unlock_file(storage);
+        }
+    }
+
+    /// Forgets that the image is locked, and leaves it so: for the process that goes on with it, or for this
+    /// one if it locks it again.
+    pub(super) fn keep_locked(&self) {
+        match self {
+            Self::File(storage) => storage.held.0.store(0, Ordering::Release),
+            Self::Crypt(storage) => storage.below().keep_locked(),
+            _ => {}
+        }
+    }
+
+    /// Gives back what [`Storage::keep_locked`] has left, unless it was locked again.
+    pub(super) fn unlock_kept(&self) {
+        match self {
+            Self::File(storage) if storage.held.0.load(Ordering::Acquire) == 0 => {
+                self.unlock_file(storage);
+            }
+            Self::Crypt(storage) => storage.below().unlock_kept(),
+            _ => {}
+        }
+    }
+
+    fn unlock_file(&self, storage: &FileStorage) {
         for start in [USED_BASE, NOT_SHARED_BASE] {
             let unlocked = set(storage.file(), libc::F_UNLCK, start, u64::from(BITS));
             if let Err(error) = unlocked {

@@ -3,8 +3,10 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use super::crypt::KeySpec;
+use super::handed::HandedFiles;
 use super::qcow2::OnDirty;
 
 /// How an image's bytes make a disk.
@@ -110,6 +112,8 @@ pub struct DiskSpec {
     pub l2_cache_bytes: u64,
     /// The keys of encrypted images, in the chain at any depth.
     pub keys: Vec<KeySpec>,
+    /// Files of the disk that another process has handed over, with their locks.
+    pub handed: Arc<HandedFiles>,
 }
 
 impl DiskSpec {
@@ -128,6 +132,7 @@ impl DiskSpec {
             discard: true,
             l2_cache_bytes: DEFAULT_L2_CACHE,
             keys: Vec::new(),
+            handed: Arc::default(),
         }
     }
 }

@@ -34,12 +34,21 @@ impl Host {
         Self {
             cpus: online_cpus(Path::new("/sys/devices/system/cpu/online")),
             sockets: passed_sockets(
-                std::process::id(),
+                listen_pid(),
                 variable("LISTEN_PID").as_deref(),
                 variable("LISTEN_FDS").as_deref(),
                 variable("LISTEN_FDNAMES").as_deref(),
             ),
         }
+    }
+}
+
+/// The process that `LISTEN_PID` must name for the sockets of systemd to be this process's: itself, or the one
+/// whose place it is to take.
+pub fn listen_pid() -> u32 {
+    match std::env::var_os("VIRTIOBLKD_UPGRADE_FD") {
+        None => std::process::id(),
+        Some(_) => std::os::unix::process::parent_id(),
     }
 }
 

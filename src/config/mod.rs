@@ -30,7 +30,7 @@ use serde::Deserialize;
 use args::{DiskArgs, ProcessArgs, WorkerArgs};
 
 pub use error::{Error, Key, Place};
-pub use host::{Host, PassedSocket};
+pub use host::{Host, PassedSocket, listen_pid};
 
 /// Most queues of a disk: a vhost-user message names the queue of a kick, call or error descriptor
 /// in 8 bits (`VHOST_USER_VRING_IDX_MASK` in QEMU's docs/interop/vhost-user.rst).

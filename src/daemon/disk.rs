@@ -9,6 +9,7 @@ use log::{error, info, warn};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::poller::{self, Poller};
+use super::upgrade::Door;
 use crate::mappings;
 use crate::vhost_user::{Connection, Device, Listener, Progress, Resized, Source};
 
@@ -24,6 +25,10 @@ pub(super) struct Disk {
     pub refresh: EventFd,
     /// Readable when the disk's capacity has changed.
     pub changed: EventFd,
+    /// Where upgrades come in.
+    pub door: Door,
+    /// The connection of a predecessor.
+    pub inherited: Option<Connection>,
 }
 
 const TOKEN_STOP: u64 = 0;
@@ -33,6 +38,7 @@ const TOKEN_REFRESH: u64 = 3;
 const TOKEN_CHANGED: u64 = 4;
 /// Some VM's memory was lost; the connection says whether it was its own.
 const TOKEN_LOSS: u64 = 5;
+const TOKEN_UPGRADE: u64 = 6;
 
 /// How long nobody is accepted after that failed: an error such as too many open files does not go away
 /// by asking again at once.
@@ -48,7 +54,8 @@ struct Watch<'a> {
 impl Disk {
     /// Serves VMMs until it is stopped, the given connection is over, or `once` is fulfilled. The socket
     /// file is gone when this returns.
-    pub(super) fn serve(self) -> io::Result<()> {
+    pub(super) fn serve(mut self) -> io::Result<()> {
+        let inherited = self.inherited.take();
         let (listener, connected) = match &self.source {
             Source::Listening(listener) => (Some(listener), None),
             Source::Connected(sock) => (None, Some(sock.try_clone()?)),
@@ -63,6 +70,9 @@ impl Disk {
         watch.poller.add(&self.changed, poller::IN, TOKEN_CHANGED)?;
         let loss = mappings::loss_event()?;
         watch.poller.add(loss, poller::EDGE, TOKEN_LOSS)?;
+        watch
+            .poller
+            .add(&self.door.wake, poller::IN, TOKEN_UPGRADE)?;
         if let Some(listener) = listener {
             watch.poller.add(listener, poller::IN, TOKEN_LISTENER)?;
             match listener.path() {
@@ -70,9 +80,17 @@ impl Disk {
                 None => info!("{}: listening", self.name),
             }
         }
-        let mut connection = connected
-            .map(|sock| self.connect(sock, &watch.poller))
-            .transpose()?;
+        let mut connection = match inherited {
+            Some(inherited) => {
+                watch
+                    .poller
+                    .add(&inherited, poller::CONNECTION, TOKEN_CONNECTION)?;
+                Some(inherited)
+            }
+            None => connected
+                .map(|sock| self.connect(sock, &watch.poller))
+                .transpose()?,
+        };
         let mut more = false;
         loop {
             let timeout = match (more, watch.paused) {
@@ -87,6 +105,9 @@ impl Disk {
                     connection.drain();
                 }
                 return Ok(());
+            }
+            if ready.contains(&TOKEN_UPGRADE) {
+                self.door.answer(&self.name, listener, &mut connection);
             }
             watch.resume(ready.is_empty() && !more)?;
             if ready.contains(&TOKEN_REFRESH) {

@@ -24,6 +24,11 @@ pub(super) fn notify(state: &str) {
     }
 }
 
+/// Says which process is the service's main one.
+pub(super) fn main_pid(pid: libc::pid_t) {
+    notify(&format!("MAINPID={pid}"));
+}
+
 fn send(socket: &OsStr, state: &str) -> io::Result<()> {
     let address = match socket.as_bytes() {
         [b'/', ..] => SocketAddr::from_pathname(socket)?,

@@ -76,6 +76,19 @@ impl PidFile {
                 break old;
             }
         };
+        Self::put(path).map_err(failed("write"))
+    }
+
+    /// Takes the file of a predecessor that has ended, or is about to: only this process was to take its place.
+    pub(super) fn inherit(path: &Path) -> Result<Self, PidFileError> {
+        Self::put(path).map_err(|source| PidFileError::Io {
+            path: path.to_owned(),
+            operation: "write",
+            source,
+        })
+    }
+
+    fn put(path: &Path) -> io::Result<Self> {
         let mut beside = path.as_os_str().to_owned();
         beside.push(format!(".{}", std::process::id()));
         let beside = PathBuf::from(beside);
@@ -91,9 +104,8 @@ impl PidFile {
             fs::rename(&beside, path)?;
             Ok(file)
         })();
-        let file = written.map_err(|source| {
+        let file = written.inspect_err(|_: &io::Error| {
             let _ = fs::remove_file(&beside);
-            failed("write")(source)
         })?;
         Ok(PidFile {
             path: path.to_owned(),

@@ -4,7 +4,7 @@ use std::io;
 use std::mem::{MaybeUninit, zeroed};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-/// SIGTERM, SIGINT and SIGHUP, read from a signalfd.
+/// SIGTERM, SIGINT, SIGHUP and SIGUSR2, read from a signalfd.
 #[derive(Debug)]
 pub struct Signals(OwnedFd);
 
@@ -20,7 +20,7 @@ impl Signals {
         // SAFETY: `set` is a valid, writable set; the signal numbers exist.
         unsafe {
             libc::sigemptyset(&mut set);
-            for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGUSR2] {
                 libc::sigaddset(&mut set, signal);
             }
         }

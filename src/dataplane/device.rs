@@ -4,6 +4,7 @@
 //! first ring starts and given back, with everything flushed, when the last one has stopped. A
 //! migration's target may so have it open before the source lets it go.
 
+mod handover;
 mod size;
 
 use std::collections::BTreeMap;
@@ -32,6 +33,8 @@ use crate::virtio::dirty::DirtyLog;
 use crate::virtio::inflight::QueueRegion;
 use crate::virtio::memory::GuestMemory;
 use crate::virtio::ring::{RingConfig, RingError};
+
+pub use handover::Paused;
 
 /// How often a stop that waits for requests says so.
 const PROGRESS_EVERY: Duration = Duration::from_secs(3);

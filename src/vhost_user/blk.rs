@@ -1,11 +1,13 @@
 //! The data plane's virtio-blk device, as a session sees it.
 
 use std::fs::File;
+use std::io;
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{Device, Resized, RingStart};
+use super::device::{Device, Paused, Resized, RingStart};
 use crate::dataplane::BlkDevice;
 use crate::shared_memory::SharedPart;
 use crate::virtio::dirty::DirtyLog;
@@ -102,5 +104,29 @@ impl Device for BlkDevice {
 
     fn reset(&self) {
         BlkDevice::reset(self);
+    }
+
+    fn image_files(&self) -> io::Result<Vec<File>> {
+        BlkDevice::image_files(self)
+    }
+
+    fn descriptors(&self) -> io::Result<Vec<(RawFd, File)>> {
+        BlkDevice::descriptors(self)
+    }
+
+    fn write_ahead(&self) -> Result<(), String> {
+        BlkDevice::write_ahead(self).map_err(words)
+    }
+
+    fn pause(&self, progress: &mut dyn FnMut(u32)) -> Paused<String> {
+        let Paused { bases, image } = BlkDevice::pause(self, progress);
+        Paused {
+            bases,
+            image: image.map_err(words),
+        }
+    }
+
+    fn resumed(&self) {
+        BlkDevice::resumed(self);
     }
 }

@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
+use super::handover::{ChannelState, Incoming, Outgoing};
 use super::listener::socket_option;
 use super::peek::{FLAG_NEED_REPLY, FLAG_REPLY, FLAG_VERSION, HEADER_SIZE, hung_up};
 
@@ -77,6 +78,32 @@ impl Channel {
             partial: [0; ANSWER_SIZE],
             filled: 0,
         })
+    }
+
+    /// What another process needs to go on with it.
+    pub(super) fn export(&self, fds: &mut Outgoing) -> io::Result<ChannelState> {
+        Ok(ChannelState {
+            sock: fds.add(&self.sock)?,
+            unanswered: self.unanswered,
+            partial: self.partial[..self.filled].to_vec(),
+        })
+    }
+
+    /// Goes on with the channel of another process. A VMM that has closed it meanwhile is found out later.
+    pub(super) fn import(state: &ChannelState, fds: &mut Incoming) -> Result<Self, String> {
+        let sock = fds.take(state.sock).map_err(|error| error.to_string())?;
+        let mut channel = Self {
+            sock: UnixStream::from(sock),
+            unanswered: state.unanswered,
+            partial: [0; ANSWER_SIZE],
+            filled: state.partial.len(),
+        };
+        let beginning = channel.partial.get_mut(..channel.filled);
+        match beginning.filter(|_| state.partial.len() < ANSWER_SIZE) {
+            Some(beginning) => beginning.copy_from_slice(&state.partial),
+            None => return Err("more than an answer on the back-end's channel".to_owned()),
+        }
+        Ok(channel)
     }
 
     /// Says that the configuration space has changed. Does not wait for anything.

@@ -11,7 +11,8 @@ use log::{debug, warn};
 use vhost::vhost_user::message::{FrontendReq, MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE};
 use vhost::vhost_user::{self, BackendReqHandler, VhostUserBackendReqHandlerMut};
 
-use super::device::Device;
+use super::device::{Device, Paused};
+use super::handover::{ConnectionState, Incoming, Outgoing, SessionState};
 use super::peek::{self, Header, Peeked};
 use super::session::{GET_VRING_BASE_SKIP_DRAIN, Session};
 
@@ -198,6 +199,113 @@ impl Connection {
     /// Stops all rings, with everything answered that the guest has asked for.
     pub fn drain(&mut self) {
         self.session().drain();
+    }
+
+    /// What another process needs to go on with this connection. To be called between messages, that is, not from
+    /// within [`process`](Connection::process).
+    ///
+    /// # Errors
+    /// Too many files are open.
+    pub fn export(&self, fds: &mut Outgoing) -> Result<ConnectionState, String> {
+        // Without `..`: what is new here has to be told too.
+        let Connection {
+            sock,
+            // Made again by negotiating again.
+            handler: _,
+            session: _,
+            messages,
+        } = self;
+        Ok(ConnectionState {
+            sock: fds.add(sock).map_err(|error| error.to_string())?,
+            messages: *messages,
+            session: self.session().export(fds)?,
+        })
+    }
+
+    /// Goes on with a connection of another process. Its rings wait for [`start_paused`](Connection::start_paused).
+    ///
+    /// # Errors
+    /// The state is not one that `device` can go on with.
+    pub fn import(
+        name: &str,
+        device: Arc<dyn Device>,
+        state: &ConnectionState,
+        fds: &mut Incoming,
+    ) -> Result<Self, String> {
+        let words = |error: io::Error| error.to_string();
+        let sock = fds.take(state.sock).map_err(|error| error.to_string())?;
+        let sock = UnixStream::from(sock);
+        let session = Arc::new(Mutex::new(Session::new(name.to_owned(), device)));
+        // The crate keeps what was negotiated to itself: it is negotiated again, on a socket that then becomes
+        // the VMM's.
+        let (ours, theirs) = UnixStream::pair().map_err(words)?;
+        let mut handler = BackendReqHandler::from_stream(ours, Arc::clone(&session));
+        let SessionState {
+            features,
+            features_asked,
+            protocol,
+            ..
+        } = &state.session;
+        let said = [
+            (FrontendReq::GET_FEATURES, None, *features_asked),
+            (
+                FrontendReq::SET_PROTOCOL_FEATURES,
+                Some(*protocol),
+                *protocol != 0,
+            ),
+            (FrontendReq::SET_FEATURES, Some(*features), *features != 0),
+        ];
+        for (request, value, was_said) in said {
+            if was_said {
+                peek::send(&theirs, request as u32, value).map_err(words)?;
+                handler
+                    .handle_request()
+                    .map_err(|error| format!("{request:?} {:#x}: {error}", value.unwrap_or(0)))?;
+            }
+        }
+        peek::replace(&handler, &sock).map_err(words)?;
+        let connection = Connection {
+            sock,
+            handler,
+            session,
+            messages: state.messages,
+        };
+        connection.session().import(&state.session, fds)?;
+        Ok(connection)
+    }
+
+    /// Writes while the rings run what would have to be written when they are paused.
+    ///
+    /// # Errors
+    /// The image cannot be written.
+    pub fn write_ahead(&self) -> Result<(), String> {
+        self.session().device().write_ahead()
+    }
+
+    /// Stops the rings for another process, or for [`resume`](Connection::resume).
+    pub fn pause(&mut self) -> Paused<String> {
+        self.session().pause()
+    }
+
+    /// Starts the rings where they were paused, without fetching requests yet.
+    ///
+    /// # Errors
+    /// The image cannot be taken, or a ring cannot be what it is said to be.
+    pub fn start_paused(&mut self, bases: &[(u16, u32)]) -> Result<(), String> {
+        self.session().start_paused(bases)
+    }
+
+    /// Lets the rings fetch requests.
+    ///
+    /// # Errors
+    /// A worker has ended.
+    pub fn go_on(&mut self) -> Result<(), String> {
+        self.session().go_on()
+    }
+
+    /// Goes on in the process that has paused the rings. What goes wrong is logged.
+    pub fn resume(&mut self, bases: &[(u16, u32)]) {
+        self.session().resume(bases);
     }
 
     fn session(&self) -> MutexGuard<'_, Session> {

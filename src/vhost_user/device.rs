@@ -1,6 +1,8 @@
 //! The door down: what a session needs from the disk it serves.
 
 use std::fs::File;
+use std::io;
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
@@ -9,7 +11,7 @@ use crate::shared_memory::SharedPart;
 use crate::virtio::dirty::DirtyLog;
 use crate::virtio::memory::GuestMemory;
 
-pub use crate::dataplane::device::{Resized, RingStart};
+pub use crate::dataplane::device::{Paused, Resized, RingStart};
 
 /// What a session needs from the device it serves; implemented over the data plane.
 ///
@@ -104,4 +106,21 @@ pub trait Device: Send + Sync {
     /// no ring runs: QEMU also resets on every pause of the machine, so what the driver set (the write
     /// cache) has to stay.
     fn reset(&self);
+
+    /// Descriptors of the image's files, with the locks that they have while a ring runs.
+    fn image_files(&self) -> io::Result<Vec<File>>;
+
+    /// Descriptors for the process that takes this one's place, each with the number that the configuration
+    /// gives it.
+    fn descriptors(&self) -> io::Result<Vec<(RawFd, File)>>;
+
+    /// Writes while the rings run what would have to be written when they stop.
+    fn write_ahead(&self) -> Result<(), String>;
+
+    /// Stops all rings together, drained. The image is given back but stays locked: for the process that has
+    /// its files, or until a ring starts again here. `progress` as in [`stop_ring`](Device::stop_ring).
+    fn pause(&self, progress: &mut dyn FnMut(u32)) -> Paused<String>;
+
+    /// The device was paused and is this process's again, with its rings started as far as they can be.
+    fn resumed(&self);
 }

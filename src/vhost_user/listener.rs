@@ -4,11 +4,13 @@ use std::ffi::CString;
 use std::fs::{self, Permissions};
 use std::io;
 use std::mem::{offset_of, zeroed};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+
+use log::debug;
 
 /// Where one disk is to be found by its VMM.
 #[derive(Debug)]
@@ -212,6 +214,21 @@ impl Listener {
         })
     }
 
+    /// A listening socket of a predecessor. Its socket file stays when this is dropped, unless it is
+    /// [owned](Listener::own_file) by then.
+    pub fn inherited(sock: UnixListener) -> Self {
+        Listener { sock, file: None }
+    }
+
+    /// Has the socket file removed when this is dropped.
+    pub fn own_file(&mut self, path: PathBuf) {
+        match SocketFile::new(path) {
+            Ok(file) => self.file = Some(file),
+            // It was removed: there is nothing to own.
+            Err(error) => debug!("the socket file of a predecessor: {error}"),
+        }
+    }
+
     /// The next VMM that waits to be served, if there is one.
     ///
     /// # Errors
@@ -233,6 +250,12 @@ impl Listener {
     /// Where VMMs connect, for the log.
     pub fn path(&self) -> Option<&Path> {
         self.file.as_ref().map(|file| file.path.as_path())
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.sock.as_fd()
     }
 }
 

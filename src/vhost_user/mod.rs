@@ -10,6 +10,7 @@ mod channel;
 mod config;
 mod connection;
 mod device;
+pub mod handover;
 mod listener;
 mod memory;
 mod peek;
@@ -19,7 +20,7 @@ mod session;
 pub mod sigbus;
 
 pub use connection::{Connection, ConnectionError, Progress};
-pub use device::{Device, Resized, RingStart};
+pub use device::{Device, Paused, Resized, RingStart};
 pub use listener::{Listen, ListenError, Listener, Source, systemd_sockets};
 
 #[cfg(test)]

@@ -253,6 +253,27 @@ pub(super) fn take_with_fds(
     Ok((message.split_off(HEADER_SIZE), fds))
 }
 
+/// Sends a request as a front-end does, with a 64-bit payload or with none.
+pub(super) fn send(mut sock: &UnixStream, request: u32, value: Option<u64>) -> io::Result<()> {
+    let payload = value.map(u64::to_ne_bytes);
+    let payload = payload.as_ref().map_or(&[][..], |bytes| &bytes[..]);
+    let mut message = Vec::with_capacity(HEADER_SIZE + 8);
+    for word in [request, FLAG_VERSION, payload.len() as u32] {
+        message.extend_from_slice(&word.to_ne_bytes());
+    }
+    message.extend_from_slice(payload);
+    io::Write::write_all(&mut sock, &message)
+}
+
+/// Makes the descriptor of `old` one of the socket `new`; its number stays.
+pub(super) fn replace(old: &impl AsRawFd, new: &UnixStream) -> io::Result<()> {
+    // SAFETY: both are open sockets, and the owner of the number goes on to own it.
+    if unsafe { libc::dup3(new.as_raw_fd(), old.as_raw_fd(), libc::O_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Answers `header` with a 64-bit payload.
 pub(super) fn reply(sock: &UnixStream, header: &Header, value: u64) -> io::Result<()> {
     answer(sock, header, &value.to_ne_bytes(), &[])

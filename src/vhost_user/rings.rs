@@ -55,7 +55,7 @@ pub(super) struct Running {
     pub kept: bool,
 }
 
-/// The state of one ring.
+/// The state of one ring. New state must be added to `session/handover.rs` too.
 #[derive(Debug, Default)]
 pub(super) struct Ring {
     pub size: Option<u16>,

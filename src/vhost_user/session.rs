@@ -1,5 +1,6 @@
 //! The state of one connection with a VMM, and what each message does to it.
 
+mod handover;
 mod inflight;
 mod log;
 mod messages;
@@ -60,6 +61,9 @@ pub(super) const PROTOCOL_FEATURES: Protocol = Protocol::MQ
 /// The `vhost` crate reads the messages and calls the methods of [`VhostUserBackendReqHandlerMut`]; an
 /// error of theirs is always [`Error::ReqHandlerError`], which tells a request that was refused from a
 /// connection that is broken.
+///
+/// New state must be added to `handover.rs` too, or a VMM would lose it when another process goes on with the
+/// session.
 pub(super) struct Session {
     name: String,
     device: Arc<dyn Device>,
@@ -106,6 +110,10 @@ impl Session {
             notices: notices::Notices::default(),
             transfer: None,
         }
+    }
+
+    pub(super) fn device(&self) -> &dyn Device {
+        &*self.device
     }
 
     pub(super) fn name(&self) -> &str {
@@ -175,6 +183,16 @@ impl Session {
     pub(super) fn lost_memory(&self) -> Option<String> {
         if !mappings::any_lost() {
             return None;
+        }
+        if self
+            .inflight
+            .as_ref()
+            .is_some_and(inflight::Region::is_lost)
+        {
+            return Some("the inflight region".to_owned());
+        }
+        if self.log.is_lost() {
+            return Some("the dirty log".to_owned());
         }
         let lost = self.memory.lost()?;
         Some(format!(

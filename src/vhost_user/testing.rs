@@ -11,7 +11,7 @@ use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use super::{Connection, ConnectionError, Device, Progress, Resized, RingStart};
+use super::{Connection, ConnectionError, Device, Paused, Progress, Resized, RingStart};
 use crate::shared_memory::SharedPart;
 use crate::virtio::dirty::DirtyLog;
 use crate::virtio::memory::GuestMemory;
@@ -55,6 +55,8 @@ pub(crate) enum Asked {
     Journal(Option<usize>),
     Log(bool),
     UsedLog(u16, Option<u64>),
+    Pause,
+    Resumed,
     Reset,
 }
 
@@ -69,6 +71,8 @@ pub(crate) struct FakeDevice {
     log: Mutex<Option<Arc<DirtyLog>>>,
     /// `start_ring` fails with these words.
     pub(crate) start_error: Mutex<Option<String>>,
+    /// `pause` leaves an image behind that is wrong, in these words.
+    pub(crate) pause_error: Mutex<Option<String>>,
     /// `config` fails with these words.
     pub(crate) config_error: Mutex<Option<String>>,
     /// What each `stop_ring` reports as in flight before it returns.
@@ -246,6 +250,34 @@ impl Device for FakeDevice {
         self.record(Asked::Reset);
         self.starts.lock().unwrap().clear();
         *self.memory.lock().unwrap() = None;
+    }
+
+    fn image_files(&self) -> std::io::Result<Vec<File>> {
+        Ok(Vec::new())
+    }
+
+    fn descriptors(&self) -> std::io::Result<Vec<(RawFd, File)>> {
+        Ok(Vec::new())
+    }
+
+    fn write_ahead(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn pause(&self, progress: &mut dyn FnMut(u32)) -> Paused<String> {
+        let _gate = self.gate.lock().unwrap();
+        progress(self.in_flight.load(Ordering::Relaxed) as u32);
+        self.record(Asked::Pause);
+        let base = self.fetched.load(Ordering::Relaxed) as u32;
+        let failed = self.pause_error.lock().unwrap().clone();
+        Paused {
+            bases: (0..4).map(|index| (index, base)).collect(),
+            image: failed.map_or(Ok(()), Err),
+        }
+    }
+
+    fn resumed(&self) {
+        self.record(Asked::Resumed);
     }
 }
 

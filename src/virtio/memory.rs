@@ -252,6 +252,13 @@ impl Region {
         self.mapping.region.as_ptr().wrapping_add(self.skip)
     }
 
+    /// The file that the region is a part of, and where in it the region begins, in bytes; for another process
+    /// to map it too.
+    pub fn file(&self) -> Option<(&File, u64)> {
+        let place = self.mapping.region.file_offset()?;
+        Some((place.file(), place.start() + self.skip as u64))
+    }
+
     /// The mapping itself: whoever keeps it keeps the memory mapped.
     pub fn mapping(&self) -> &Arc<Mapping> {
         &self.mapping

@@ -6,7 +6,8 @@
 use std::ffi::CString;
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -52,6 +53,8 @@ pub struct Key {
     image: Option<PathBuf>,
     origin: String,
     secret: Secret,
+    /// The descriptor that it was read from. It stays open, so that its number stays free for a successor's.
+    from: Option<Arc<File>>,
 }
 
 impl Key {
@@ -91,6 +94,25 @@ impl Keys {
         own.or_else(|| self.0.iter().find(|key| key.image.is_none()))
     }
 
+    /// A pipe with the key for each that was read from a descriptor, and that descriptor's number.
+    ///
+    /// # Errors
+    /// No more pipes are to be had.
+    pub fn descriptors(&self) -> io::Result<Vec<(RawFd, File)>> {
+        let given = self
+            .0
+            .iter()
+            .filter_map(|key| Some((key, key.from.as_ref()?)));
+        given
+            .map(|(key, from)| {
+                let (reader, mut writer) = pipe()?;
+                // A pipe has room for more than any key has, unless its user has too many pipes.
+                writer.write_all(key.secret())?;
+                Ok((from.as_raw_fd(), reader))
+            })
+            .collect()
+    }
+
     /// True if there is none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -124,10 +146,25 @@ fn load(spec: &KeySpec) -> Result<Key> {
                 image: spec.image.clone(),
                 origin,
                 secret,
+                from: match &spec.source {
+                    KeySource::Fd(file) => Some(file.clone()),
+                    _ => None,
+                },
             });
         }
     };
     Err(Error::image(ErrorKind::InvalidImage, path, None, wrong))
+}
+
+/// A pipe to read from and to write to, neither of which waits.
+fn pipe() -> io::Result<(File, File)> {
+    let mut fds = [-1; 2];
+    // SAFETY: the array has room for the two descriptors.
+    if unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: both are new and nobody else's.
+    Ok(unsafe { (File::from_raw_fd(fds[0]), File::from_raw_fd(fds[1])) })
 }
 
 /// Fills `memory` as far as there is something to read.

@@ -14,6 +14,7 @@ use vhost::vhost_user::message::VhostUserInflight;
 
 use super::{Session, refuse};
 use crate::shared_memory::SharedMemory;
+use crate::vhost_user::handover::{Incoming, InflightState, Outgoing, SharedState};
 use crate::vhost_user::rings::Ring;
 use crate::virtio::inflight::{InflightLayout, QueueRegion};
 
@@ -33,6 +34,20 @@ fn identity(file: &File) -> std::io::Result<(u64, u64)> {
 }
 
 impl Region {
+    /// Whether its memory was lost ([`crate::mappings`]).
+    pub(super) fn is_lost(&self) -> bool {
+        self.memory.is_lost()
+    }
+
+    /// What another process needs to go on with it.
+    pub(super) fn export(&self, fds: &mut Outgoing) -> std::io::Result<InflightState> {
+        Ok(InflightState {
+            memory: shared(&self.memory, fds)?,
+            queues: self.layout.queues,
+            queue_size: self.layout.queue_size,
+        })
+    }
+
     fn is(&self, memory: &SharedMemory, layout: InflightLayout, identity: (u64, u64)) -> bool {
         self.identity == identity
             && self.layout == layout
@@ -40,7 +55,30 @@ impl Region {
     }
 }
 
+/// Memory of the VMM's, for another process.
+pub(super) fn shared(memory: &SharedMemory, fds: &mut Outgoing) -> std::io::Result<SharedState> {
+    Ok(SharedState {
+        offset: memory.offset(),
+        len: memory.len() as u64,
+        file: fds.add(memory.file())?,
+    })
+}
+
 impl Session {
+    /// Takes up the region of another process's session. No ring runs.
+    pub(super) fn import_inflight(
+        &mut self,
+        state: &InflightState,
+        fds: &mut Incoming,
+    ) -> std::result::Result<(), String> {
+        let words = |error: &dyn std::fmt::Display| error.to_string();
+        let (memory, queues) = (&state.memory, state.queues);
+        let file = fds.take(memory.file).map_err(|error| words(&error))?;
+        let asked = VhostUserInflight::new(memory.len, memory.offset, queues, state.queue_size);
+        self.use_inflight(&asked, file.into())
+            .map_err(|error| words(&error))
+    }
+
     /// The shape that a message asks for, if it fits this device.
     fn inflight_layout(
         &self,

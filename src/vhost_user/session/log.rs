@@ -12,8 +12,10 @@ use log::{info, warn};
 use vhost::vhost_user::Result;
 use vhost::vhost_user::message::VhostUserLog;
 
+use super::inflight::shared;
 use super::{F_LOG_ALL, Session, refuse};
 use crate::shared_memory::SharedMemory;
+use crate::vhost_user::handover::{Incoming, Outgoing, SharedState};
 use crate::virtio::dirty::{DirtyLog, LOG_PAGE};
 use crate::virtio::memory::GuestMemory;
 
@@ -28,9 +30,23 @@ pub(super) struct Log {
 
 #[derive(Debug)]
 struct Base {
+    memory: Arc<SharedMemory>,
     log: Arc<DirtyLog>,
     /// Guest addresses below this have a bit.
     reaches: u64,
+}
+
+impl Log {
+    /// What another process needs to go on with it.
+    pub(super) fn export(&self, fds: &mut Outgoing) -> std::io::Result<Option<SharedState>> {
+        let base = self.base.as_ref();
+        base.map(|base| shared(&base.memory, fds)).transpose()
+    }
+
+    /// Whether its memory was lost ([`crate::mappings`]).
+    pub(super) fn is_lost(&self) -> bool {
+        self.base.as_ref().is_some_and(|base| base.memory.is_lost())
+    }
 }
 
 /// The end of the highest region.
@@ -40,6 +56,18 @@ fn end_of(memory: &GuestMemory) -> u64 {
 }
 
 impl Session {
+    /// Takes up the log of another process's session. No ring runs.
+    pub(super) fn import_log(
+        &mut self,
+        state: &SharedState,
+        fds: &mut Incoming,
+    ) -> std::result::Result<(), String> {
+        let file = fds.take(state.file).map_err(|error| error.to_string())?;
+        let asked = VhostUserLog::new(state.len, state.offset);
+        self.use_log(&asked, file.into())
+            .map_err(|error| error.to_string())
+    }
+
     /// `SET_LOG_BASE`. In effect before it is answered, if `LOG_ALL` is there already.
     pub(super) fn use_log(&mut self, asked: &VhostUserLog, file: File) -> Result<()> {
         let (size, offset) = (asked.mmap_size, asked.mmap_offset);
@@ -56,7 +84,11 @@ impl Session {
         let bits = memory.part(0, memory.len());
         let bits = bits.ok_or_else(|| refuse("the dirty log is not in its own memory"))?;
         let log = Arc::new(DirtyLog::new(bits));
-        self.log.base = Some(Base { log, reaches });
+        self.log.base = Some(Base {
+            memory,
+            log,
+            reaches,
+        });
         self.log.in_use = false;
         self.update_log()
     }

@@ -13,6 +13,7 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
 use super::{Session, refuse};
 use crate::vhost_user::channel::Channel;
+use crate::vhost_user::handover::{ChannelState, Outgoing};
 
 /// What the VMM knows, and how to tell it more.
 #[derive(Debug, Default)]
@@ -22,6 +23,31 @@ pub(super) struct Notices {
     read: Option<u64>,
     /// The capacity that was read or told of last.
     told: Option<u64>,
+}
+
+impl Notices {
+    /// The channel, for another process to go on with.
+    pub(super) fn export_channel(
+        &self,
+        fds: &mut Outgoing,
+    ) -> std::io::Result<Option<ChannelState>> {
+        let channel = self.channel.as_ref();
+        channel.map(|channel| channel.export(fds)).transpose()
+    }
+
+    /// The capacities that the VMM read, and was told of last.
+    pub(super) fn capacities(&self) -> (Option<u64>, Option<u64>) {
+        (self.read, self.told)
+    }
+
+    /// As another process has left them.
+    pub(super) fn import(channel: Option<Channel>, read: Option<u64>, told: Option<u64>) -> Self {
+        Self {
+            channel,
+            read,
+            told,
+        }
+    }
 }
 
 impl Session {
