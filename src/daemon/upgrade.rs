@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use log::{error, info};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::notify;
 use crate::kill_point::kill_point;
 use crate::vhost_user::Device;
 use crate::vhost_user::handover::Outgoing;
