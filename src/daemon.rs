@@ -404,6 +404,10 @@ impl Threads {
         let mut stopping = false;
         while !self.running.is_empty() {
             let tokens = poller.wait(None).map_err(system("epoll_wait"))?;
+            if tokens.contains(&TOKEN_UPGRADE) {
+                let _ = self.upgrade_failed.read();
+                self.end_upgrade();
+            }
             if tokens.contains(&TOKEN_SIGNAL) {
                 while let Some(signal) = signals.next().map_err(system("read of the signalfd"))? {
                     match signal {
@@ -439,10 +443,6 @@ impl Threads {
             if tokens.contains(&TOKEN_DONE) {
                 let _ = done.read();
                 ended.try_iter().for_each(|number| self.reap(number));
-            }
-            if tokens.contains(&TOKEN_UPGRADE) {
-                let _ = self.upgrade_failed.read();
-                self.end_upgrade();
             }
         }
         Ok(())

@@ -100,7 +100,7 @@ pub(super) struct UpgradeDisk {
 
 /// An upgrade under way.
 pub(super) struct Upgrade {
-    thread: JoinHandle<()>,
+    thread: JoinHandle<UpgradeError>,
     abort: EventFd,
 }
 
@@ -121,10 +121,9 @@ impl Upgrade {
         let thread = std::thread::Builder::new()
             .name("upgrade".to_owned())
             .spawn(move || {
+                let _tell = Tell(done);
                 let Err(why) = attempt.run();
-                error!("the upgrade failed, and this process goes on: {why}");
-                // The counter cannot be full.
-                let _ = done.write(1);
+                why
             })?;
         Ok(Upgrade { thread, abort })
     }
@@ -136,9 +135,24 @@ impl Upgrade {
 
     /// Waits until it has failed, and the disks go on here.
     pub(super) fn join(self) {
-        if self.thread.join().is_err() {
-            error!("the upgrade panicked; this is a bug in virtioblkd");
+        let Upgrade { thread, abort } = self;
+        let ended = thread.join();
+        drop(abort);
+        // Only now is there nothing left of it, and room for the next.
+        match ended {
+            Ok(why) => error!("the upgrade failed, and this process goes on: {why}"),
+            Err(_) => error!("the upgrade panicked; this is a bug in virtioblkd"),
         }
+    }
+}
+
+/// Signals the end of the thread, however it ends.
+struct Tell(EventFd);
+
+impl Drop for Tell {
+    fn drop(&mut self) {
+        // The counter cannot be full.
+        let _ = self.0.write(1);
     }
 }
 
@@ -174,11 +188,12 @@ impl Attempt {
         }
         let path = self.program.path().display();
         info!("upgrade: starting {path}");
+        // Dropped after the child, whatever happens.
+        let mut guests = None;
         let started = self.program.start(&theirs, &extra);
         let mut child = started.map_err(system(format!("starting {path}")))?;
         // Or its end could not be seen.
         drop((theirs, extra));
-        let mut guests = None;
         let result = self.attempt(&channel, &child, &mut guests);
         // Not before it is gone may the disks go on: it might have an image open, or start a ring.
         child.end();

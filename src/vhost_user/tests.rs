@@ -2,6 +2,7 @@
 
 mod channel;
 mod device;
+mod handover;
 mod inflight;
 mod log;
 mod memory;
