@@ -6,11 +6,14 @@ mod common;
 mod model;
 mod rig;
 
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+
 use common::{Random, until};
 use rig::{Load, MIB, New, Rig, Watchman, options};
 use vhost_user_frontend as frontend;
 
-use frontend::{DeviceOptions, Disk, TempDir, process, qemu};
+use frontend::{Client, Device, DeviceOptions, Disk, TempDir, process, qemu};
 
 /// A program that speaks something else. (Only bash can redirect to descriptors above 9.)
 const NONSENSE: &str =
@@ -68,10 +71,12 @@ fn twenty_upgrades(dir: TempDir, disk: &Disk, contents: Vec<u8>) {
         println!("{line}");
     }
     load.finish(&mut device);
+    assert!(rig.dir.join("s").exists());
     assert_eq!(rig.count("a VMM has connected"), 1);
     assert_eq!(rig.count("the VMM is gone"), 0);
     device.shut_down().unwrap();
     rig.terminate();
+    assert!(!rig.dir.join("s").exists(), "the socket file is removed");
     if format == "qcow2" {
         qemu::check_clean(&rig.image());
     }
@@ -344,6 +349,148 @@ fn vmm_that_hangs_up_during_an_upgrade_is_followed_by_the_next() {
     }
     let mut device = rig.device(DeviceOptions::default());
     device.write(0, &[1; 512]).unwrap();
+    device.shut_down().unwrap();
+    rig.terminate();
+}
+
+#[test]
+fn keys_and_sockets_that_were_given_by_descriptor_are_handed_on() {
+    let dir = TempDir::new();
+    let key = dir.join("key");
+    std::fs::write(&key, "open sesame").unwrap();
+    let image = dir.join("disk");
+    let secret = format!("secret,id=s,file={}", key.display());
+    let luks = "key-secret=s,iter-time=10";
+    let path = image.to_str().unwrap();
+    qemu::img_ok([
+        "create", "-q", "--object", &secret, "-f", "luks", "-o", luks, path, "4M",
+    ]);
+    let listener = UnixListener::bind(dir.join("s")).unwrap();
+    // What systemd would do, and a key that can be read once.
+    let before = format!(
+        "export LISTEN_PID=$$ LISTEN_FDS=1\nexec 7<{0}\nrm {0}",
+        key.display()
+    );
+    let arguments = ["--blk-file", path, "--format", "luks", "--key-fd", "7"];
+    let fds = vec![(listener.as_raw_fd(), 3)];
+    let mut rig = Rig::start_by_hand(dir, &arguments, &before, fds);
+    // Only the daemon has it from now on.
+    drop(listener);
+    let mut device = rig.device(options(1));
+    device.write(8, &[3; 512]).unwrap();
+    for _ in 0..3 {
+        rig.upgrade_under(|| {});
+        assert_eq!(device.read(8, 512).unwrap(), [3; 512]);
+    }
+    device.shut_down().unwrap();
+    let mut device = rig.device(options(1));
+    assert_eq!(device.read(8, 512).unwrap(), [3; 512]);
+    device.shut_down().unwrap();
+    rig.terminate();
+}
+
+#[test]
+fn connection_that_was_given_by_descriptor_is_handed_on() {
+    let dir = TempDir::new();
+    let image = dir.join("disk");
+    std::fs::write(&image, vec![0; 4 << 20]).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let arguments = [
+        "--blk-file",
+        image.to_str().unwrap(),
+        "--format",
+        "raw",
+        "--fd",
+        "9",
+    ];
+    let mut rig = Rig::start_by_hand(dir, &arguments, "", vec![(theirs.as_raw_fd(), 9)]);
+    drop(theirs);
+    let client = Client::from_stream(ours).unwrap();
+    for _ in 0..3 {
+        let features = client.get_features().unwrap();
+        client.set_features(features).unwrap();
+        rig.upgrade_under(|| {});
+    }
+    // The one connection is over, and with it the process.
+    drop(client);
+    until("it ends", || rig.has_ended());
+}
+
+#[test]
+fn disks_are_taken_over_together_with_and_without_a_vmm() {
+    let dir = in_memory();
+    let mut text = format!("pid-file = {:?}\n[workers]\ncount = 2\n", dir.join("pid"));
+    for name in ["a", "b", "c"] {
+        std::fs::write(dir.join(name), vec![0; 4 << 20]).unwrap();
+        text += &format!(
+            "[[disk]]\nname = {name:?}\nblk-file = {:?}\nformat = \"raw\"\nsocket-path = {:?}\n",
+            dir.join(name),
+            dir.join(format!("{name}.s")),
+        );
+    }
+    let config = dir.join("config.toml");
+    std::fs::write(&config, text).unwrap();
+    let arguments = ["--config", config.to_str().unwrap()];
+    let mut rig = Rig::start_by_hand(dir, &arguments, "", Vec::new());
+    let start = |rig: &Rig, name: &str| {
+        Device::start(&rig.dir.join(format!("{name}.s")), options(1)).unwrap()
+    };
+    let mut a = start(&rig, "a");
+    let mut b = start(&rig, "b");
+    let mut loads = [1, 2].map(|seed| Load::new(seed, vec![0; 4 << 20], 1));
+    for _ in 0..5 {
+        rig.upgrade_under(|| {
+            loads[0].step(&mut a);
+            loads[1].step(&mut b);
+        });
+        loads[0].go(&mut a, 50);
+        loads[1].go(&mut b, 50);
+    }
+    let why = rig.fail_under(
+        &New::With("VIRTIOBLKD_KILL_POINT=upgrade-started:1"),
+        || {
+            loads[0].step(&mut a);
+            loads[1].step(&mut b);
+        },
+    );
+    assert!(why.contains("has ended"), "{why}");
+    let mut c = start(&rig, "c");
+    rig.program(&New::Good);
+    rig.upgrade_under(|| {});
+    c.write(0, &[1; 512]).unwrap();
+    loads[0].finish(&mut a);
+    loads[1].finish(&mut b);
+    for device in [&mut a, &mut b, &mut c] {
+        device.shut_down().unwrap();
+    }
+    rig.terminate();
+}
+
+#[test]
+fn old_process_that_is_killed_in_the_pause_is_succeeded() {
+    let dir = TempDir::new();
+    let image = dir.join("disk");
+    std::fs::write(&image, vec![0; 4 << 20]).unwrap();
+    let socket = dir.join("s");
+    let arguments = [
+        "--blk-file",
+        image.to_str().unwrap(),
+        "--format",
+        "raw",
+        "--socket-path",
+        socket.to_str().unwrap(),
+    ];
+    let before = "export VIRTIOBLKD_KILL_POINT=upgrade-stopped-sent:1";
+    let mut rig = Rig::start_by_hand(dir, &arguments, before, Vec::new());
+    rig.program(&New::With("VIRTIOBLKD_KILL_POINT=none:1"));
+    let mut device = rig.device(options(1));
+    let mut load = Load::new(8, vec![0; 4 << 20], 1);
+    load.go(&mut device, 100);
+    rig.signal(libc::SIGUSR2);
+    until("the new one serves", || rig.count("upgraded: ") == 1);
+    rig.adopt();
+    load.go(&mut device, 100);
+    load.finish(&mut device);
     device.shut_down().unwrap();
     rig.terminate();
 }

@@ -1,9 +1,11 @@
 //! A daemon that is upgraded, and the load on it.
 
 use std::fs::{self, File};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -52,21 +54,56 @@ fn write_script(path: &Path, text: &str) {
 impl Rig {
     /// A daemon on `disk` in `dir`, whose upgrades have `limit_ms` for each step.
     pub fn start(dir: TempDir, disk: &Disk, limit_ms: u64) -> Self {
+        let disk = disk.clone().args(["--pid-file".into(), dir.join("pid")]);
+        Self::write_start(&dir, limit_ms, "");
+        let program = Program::Virtioblkd(dir.join("start"));
+        let first = Daemon::start(&program, &disk, dir.path());
+        Self::of(dir, first)
+    }
+
+    /// A daemon with `arguments`, started by a shell after `before`, which gets `fds` (ours, its).
+    pub fn start_by_hand(
+        dir: TempDir,
+        arguments: &[&str],
+        before: &str,
+        fds: Vec<(RawFd, RawFd)>,
+    ) -> Self {
+        Self::write_start(&dir, 60_000, before);
+        let mut command = Command::new(dir.join("start"));
+        let pid_file = dir.join("pid");
+        command.args(arguments).arg("--pid-file").arg(&pid_file);
+        // SAFETY: dup2 may be called after a fork, and nothing is allocated.
+        unsafe {
+            command.pre_exec(move || {
+                for (ours, its) in &fds {
+                    if libc::dup2(*ours, *its) < 0 {
+                        return Err(std::io::Error::last_os_error());
+                    }
+                }
+                Ok(())
+            });
+        }
+        let first = Daemon::spawn_command(&mut command, &dir.join("s"), dir.path());
+        until("the pid file is there", || pid_file.exists());
+        Self::of(dir, first)
+    }
+
+    fn write_start(dir: &TempDir, limit_ms: u64, before: &str) {
         // Those whose parents end become this process's children, so that it sees how they end.
         // SAFETY: prctl with integers only.
-        assert_eq!(
-            unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) },
-            0
-        );
-        let disk = disk.clone().args(["--pid-file".into(), dir.join("pid")]);
-        let start = dir.join("start");
+        let result = unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
+        assert_eq!(result, 0);
+        let program = dir.join("program");
         let text = format!(
-            "export VIRTIOBLKD_UPGRADE_BINARY={} VIRTIOBLKD_UPGRADE_TIMEOUT_MS={limit_ms}\nexec {} \"$@\"",
-            dir.join("program").display(),
+            "export VIRTIOBLKD_UPGRADE_BINARY={} VIRTIOBLKD_UPGRADE_TIMEOUT_MS={limit_ms}\n\
+             {before}\nexec {} \"$@\"",
+            program.display(),
             binary(),
         );
-        write_script(&start, &text);
-        let first = Daemon::start(&Program::Virtioblkd(start), &disk, dir.path());
+        write_script(&dir.join("start"), &text);
+    }
+
+    fn of(dir: TempDir, first: Daemon) -> Self {
         let rig = Rig {
             pid: first.pid(),
             first: Some(first),
@@ -114,7 +151,7 @@ impl Rig {
     }
 
     /// Has the process ended? It must not fail.
-    fn has_ended(&mut self) -> bool {
+    pub fn has_ended(&mut self) -> bool {
         if let Some(first) = &mut self.first {
             let Some(status) = first.try_exit() else {
                 return false;
@@ -135,7 +172,7 @@ impl Rig {
     }
 
     /// Takes note of the process that has taken over.
-    fn adopt(&mut self) {
+    pub fn adopt(&mut self) {
         let old = self.pid;
         until("the pid file names the new process", || {
             self.pid_in_file().is_some_and(|pid| pid != old)
@@ -180,11 +217,10 @@ impl Rig {
         why.lines().next().unwrap().to_owned()
     }
 
-    /// Ends it as an operator does.
+    /// Ends it as an operator does; its files are gone.
     pub fn terminate(&mut self) {
         self.signal(libc::SIGTERM);
         until("it ends", || self.has_ended());
-        assert!(!self.dir.join("s").exists(), "the socket file is removed");
         assert!(!self.dir.join("pid").exists(), "the pid file is removed");
     }
 }
