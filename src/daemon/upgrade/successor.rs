@@ -129,6 +129,7 @@ impl Predecessor {
             (FromOld::Stopped(stopped), _) => stopped,
             (message, _) => return Err(unexpected(&message)),
         };
+        let stopped_ns = monotonic_ns();
         kill_point!("upgrade-stopped");
         self.start_rings(&mut all, &stopped)?;
         kill_point!("upgrade-started");
@@ -160,8 +161,9 @@ impl Predecessor {
         }
         let rings: usize = stopped.bases.iter().map(Vec::len).sum();
         info!(
-            "upgraded: the disks paused for {:.3} ms ({} disks, {rings} rings)",
+            "upgraded: the disks paused for {:.3} ms, {:.3} of them to stop (disks: {}, rings: {rings})",
             pause as f64 / 1e6,
+            stopped_ns.saturating_sub(stopped.since_ns) as f64 / 1e6,
             all.len()
         );
         Ok(all)

@@ -183,7 +183,7 @@ fn state_that_makes_no_sense_is_refused() {
         (|state| state.session.features |= 1 << 34, "not offered"),
         (|state| state.session.features |= 1 << 40, "not all offered"),
         (|state| state.session.protocol |= 1 << 60, "not offered"),
-        (|state| drop(state.session.rings.pop()), "3 rings"),
+        (|state| state.session.rings.truncate(3), "3 rings"),
         (
             |state| state.session.rings[0].size = Some(512),
             "256 are the most",
