@@ -282,30 +282,34 @@ fn upgrade_without_a_vmm_and_between_two() {
 
 #[test]
 fn ring_that_is_disabled_stays_so_and_the_write_cache_stays_as_it_was_set() {
-    let mut rig = raw(TempDir::new(), 4 * MIB, 60_000);
-    let mut device = rig.device(options(1));
-    device
-        .client()
-        .unwrap()
+    let dir = TempDir::new();
+    std::fs::write(dir.join("disk"), vec![0; 4 << 20]).unwrap();
+    let disk = Disk::new(dir.join("disk"), "raw").queues(2);
+    let mut rig = Rig::start(dir, &disk, 60_000);
+    let mut device = rig.device(options(2));
+    let client = device.client().unwrap();
+    client
         .set_config(frontend::blk::CONFIG_WRITEBACK, 0, &[0])
         .unwrap();
-    device.client().unwrap().set_vring_enable(0, false).unwrap();
+    client.set_vring_enable(0, false).unwrap();
     rig.upgrade_under(|| {});
     assert_eq!(device.read_config().unwrap().writeback, 0);
     let queue = device.queue(0);
-    queue
-        .submit(
-            frontend::Op::Write {
-                sector: 0,
-                data: &[5; 512],
-            },
-            0,
-        )
-        .unwrap();
+    let write = frontend::Op::Write {
+        sector: 0,
+        data: &[5; 512],
+    };
+    queue.submit(write, 0).unwrap();
     queue.ring.publish();
     queue.ring.kick();
-    // An answered message shows that it had its chance.
-    device.read_config().unwrap();
+    // The worker of both rings has its chances to look at the first one.
+    for _ in 0..100 {
+        let read = frontend::Op::Read {
+            sector: 8,
+            len: 512,
+        };
+        device.run_on(1, read).unwrap();
+    }
     assert!(
         device.queue(0).poll().unwrap().is_none(),
         "a disabled ring was served"

@@ -72,11 +72,15 @@ impl Rig {
         let mut command = Command::new(dir.join("start"));
         let pid_file = dir.join("pid");
         command.args(arguments).arg("--pid-file").arg(&pid_file);
-        // SAFETY: dup2 may be called after a fork, and nothing is allocated.
+        // SAFETY: dup2 and fcntl may be called after a fork, and nothing is allocated.
         unsafe {
             command.pre_exec(move || {
                 for (ours, its) in &fds {
-                    if libc::dup2(*ours, *its) < 0 {
+                    let failed = match ours == its {
+                        true => libc::fcntl(*its, libc::F_SETFD, 0) < 0,
+                        false => libc::dup2(*ours, *its) < 0,
+                    };
+                    if failed {
                         return Err(std::io::Error::last_os_error());
                     }
                 }
