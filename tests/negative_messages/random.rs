@@ -34,17 +34,13 @@ fn random_sequences_of_messages_end_in_answers_or_in_the_end_of_the_connection()
             match random.below(12) {
                 0 => payload.resize(random.below(100) as usize, random.next() as u8),
                 1 => random.fill(&mut payload),
-                2 | 3 => {
-                    if !payload.is_empty() {
-                        let at = random.below(payload.len() as u64) as usize;
-                        payload[at] = random.next() as u8;
-                    }
+                2 | 3 if !payload.is_empty() => {
+                    let at = random.below(payload.len() as u64) as usize;
+                    payload[at] = random.next() as u8;
                 }
-                4 => {
+                4 if payload.len() >= 4 => {
                     // Another ring, or none.
-                    if payload.len() >= 4 {
-                        payload[..4].copy_from_slice(&(random.below(4) as u32).to_le_bytes());
-                    }
+                    payload[..4].copy_from_slice(&(random.below(4) as u32).to_le_bytes());
                 }
                 5 => files.clear(),
                 6 => {

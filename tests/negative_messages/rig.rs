@@ -367,8 +367,11 @@ fn file(path: &str, write: bool) -> Vec<OwnedFd> {
     vec![file.unwrap().into()]
 }
 
-/// Descriptors of the wrong kind: the first is to be sent.
-pub const WRONG_FILES: &[(&str, fn() -> Vec<OwnedFd>)] = &[
+/// What a kind of descriptor is, and how to make some: the first is to be sent.
+type WrongFile = (&'static str, fn() -> Vec<OwnedFd>);
+
+/// Descriptors of the wrong kind.
+pub const WRONG_FILES: &[WrongFile] = &[
     ("a directory", || file("/", false)),
     ("/dev/null", || file("/dev/null", true)),
     ("a file that is only read", || file("/proc/self/exe", false)),
