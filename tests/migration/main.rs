@@ -16,7 +16,7 @@ use vhost_user_frontend as frontend;
 
 use frontend::protocol::feature;
 use frontend::{Daemon, Device, DeviceOptions, Disk, Memory, Program, TempDir, process};
-use vm::{DISK, Log, Vm, Vmm, specs};
+use vm::{DISK, Log, QUEUE_SIZE, Vm, Vmm, specs};
 
 /// An overlay that writes must copy into, and what it shows.
 fn image(dir: &TempDir) -> (PathBuf, Vec<u8>) {
@@ -58,7 +58,7 @@ impl Host {
         let disk = Disk::new(image, "qcow2")
             .queues(2)
             .workers(2)
-            .queue_size(512);
+            .queue_size(QUEUE_SIZE);
         let daemon = Daemon::start(program, &disk, dir.path());
         Self { daemon, _dir: dir }
     }
@@ -130,6 +130,7 @@ fn round_trips_on_a_locked_image_lose_nothing() {
         assert!(!is_free(&image));
         let bases = source.stop();
         assert!(is_free(&image), "released before the last answer");
+        vm.collect();
         vm.copy(log.take(), &copy);
         assert_eq!(vm.stale(&copy), [], "trip {trip}");
         take_over(&mut vm, &target, copy, bases);
@@ -154,7 +155,7 @@ fn without_marks_pages_are_stale() {
     let copy = copy_while_running(&mut vm, &source, &log);
     source.stop();
     vm.copy(log.take(), &copy);
-    // Used rings, data and status bytes alike: 4 pages of rings, 32 slots with 5 each.
+    // Used rings, data and status bytes alike: 6 pages of rings, 32 slots with 5 each.
     let stale = vm.stale(&copy).len();
     if cfg!(debug_assertions) {
         assert!(stale > 100, "{stale} stale pages");
@@ -199,6 +200,7 @@ fn the_source_takes_the_disk_back_when_the_target_fails() {
         let log = Log::new();
         let copy = copy_while_running(&mut vm, &source, &log);
         let bases = source.stop();
+        vm.collect();
         vm.copy(log.take(), &copy);
         assert_eq!(vm.stale(&copy), []);
         if dies {

@@ -22,8 +22,9 @@ use frontend::{Buf, Client, Error, Memory, Notify, RegionSpec, SplitQueue};
 use crate::common::{Random, SOON};
 
 pub const PAGE: u64 = 4096;
-/// Large enough that a used ring takes two pages: what is behind its elements is in the second.
-const QUEUE_SIZE: u16 = 512;
+/// Large enough that a used ring takes three pages: its index in the first, `avail_event` in the last, and the
+/// second has nothing but elements.
+pub const QUEUE_SIZE: u16 = 1024;
 const QUEUES: usize = 2;
 const SLOTS: usize = 32;
 /// Bytes of the disk that a slot has for itself.
@@ -93,7 +94,7 @@ impl Vm {
             let layout = RingLayout {
                 desc: of_guest(&view, region, 16 * size),
                 avail: of_guest(&view, region, 6 + 2 * size),
-                used: view.alloc_in(region, 2 * PAGE, PAGE),
+                used: view.alloc_in(region, 3 * PAGE, PAGE),
             };
             let mut ring = SplitQueue::at(&view, QUEUE_SIZE, layout).unwrap();
             ring.set_event_idx(true);
@@ -145,6 +146,7 @@ impl Vm {
         };
         let sector = if kind < 14 { at / 512 } else { 0 };
         self.view.write(slot.header, &blk::header(ty, sector));
+        self.view.write(slot.status + 8, &[status::UNTOUCHED]);
         let mut bufs = vec![Buf::readable(slot.header, 16)];
         if out > 0 {
             bufs.push(Buf::readable(slot.out, out as u32));
@@ -282,9 +284,12 @@ impl Vm {
         specs().into_iter().flat_map(range)
     }
 
-    /// Copies pages, and those that the guest writes to.
+    /// Copies pages, and those that the guest writes to: its own, and where it expects a status.
     pub fn copy(&self, pages: impl IntoIterator<Item = u64>, to: &Memory) {
-        for page in pages.into_iter().chain(self.guest_pages.iter().copied()) {
+        let running = self.slots.iter().filter(|slot| slot.running.is_some());
+        let expected = running.map(|slot| slot.status / PAGE);
+        let guest = self.guest_pages.iter().copied().chain(expected);
+        for page in pages.into_iter().chain(guest) {
             to.write(page * PAGE, &self.view.read_vec(page * PAGE, PAGE as usize));
         }
     }
