@@ -355,7 +355,7 @@ fn region_that_was_added_can_be_used_and_one_that_was_removed_cannot() {
     assert_eq!(device.memory.read_vec(1 << 34, 512), [0x6b; 512]);
     device.client().unwrap().rem_mem_reg(&spec).unwrap();
     device.memory.fill(raw.status, 1, status::UNTOUCHED);
-    let ring = &mut device.queue(0).ring;
+    let ring = device.queue(0).ring.split();
     ring.add(&bufs, 0).unwrap();
     ring.publish();
     let outcome = ring.wait_outcome(common::silence()).unwrap();

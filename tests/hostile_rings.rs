@@ -276,7 +276,7 @@ fn head_offered_again_while_its_request_runs() {
     device.write(0, &[1; 4096]).unwrap();
     device.flush().unwrap();
     let raw = Raw::new(&device.memory, request_type::IN, 0, 4096);
-    let ring = &mut device.queue(0).ring;
+    let ring = device.queue(0).ring.split();
     let chain = [
         desc(raw.header, 16, DESC_F_NEXT, 1),
         desc(raw.data, 4096, DESC_F_NEXT | DESC_F_WRITE, 2),
@@ -298,7 +298,7 @@ fn head_offered_again_while_its_request_runs() {
 fn available_index_ahead_by_more_than_the_queue() {
     for ahead in [129, 300, 0x8000, 0xffff] {
         refused(|device, _| {
-            let ring = &mut device.queue(0).ring;
+            let ring = device.queue(0).ring.split();
             ring.set_avail_idx(ahead);
             ring.kick();
             ring.wait_outcome(silence()).unwrap()

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use vhost_user_frontend::blk::status;
 use vhost_user_frontend::{
     Buf, Client, Daemon, Desc, Device, DeviceOptions, Disk, Error, Memory, Op, Outcome, Program,
-    SplitQueue, TempDir, qemu,
+    TempDir, Virtqueue, qemu,
 };
 
 /// Deadline of what should take milliseconds; generous, since tests share two processors.
@@ -201,15 +201,16 @@ impl Raw {
 
 /// Puts raw descriptors at the start of the table, offers the first as a chain, and waits for what becomes of
 /// it.
-pub fn offer(ring: &mut SplitQueue, table: &[Desc]) -> Outcome {
+pub fn offer(ring: &mut Virtqueue, table: &[Desc]) -> Outcome {
     for (i, desc) in table.iter().enumerate() {
-        ring.set_desc(i as u16, *desc);
+        ring.split().set_desc(i as u16, *desc);
     }
     offer_head(ring, 0)
 }
 
 /// Offers a head as it is, and waits for what becomes of it.
-pub fn offer_head(ring: &mut SplitQueue, head: u16) -> Outcome {
+pub fn offer_head(ring: &mut Virtqueue, head: u16) -> Outcome {
+    let ring = ring.split();
     ring.push_raw(head);
     ring.publish();
     ring.wait_outcome(silence()).unwrap()

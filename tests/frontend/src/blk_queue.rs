@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::blk::{self, Segment, request_type, status};
 use crate::error::{Error, Result};
 use crate::memory::{Memory, Region};
-use crate::ring::{Buf, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, SplitQueue};
+use crate::ring::{Buf, DESC_F_INDIRECT, Virtqueue};
 
 /// What a request does. Data is copied into the slot's buffer, but for the `InPlace` writes.
 #[derive(Debug, Clone, Copy)]
@@ -107,7 +107,7 @@ const TABLE_AT: u64 = 32;
 #[derive(Debug)]
 pub struct BlkQueue {
     /// The ring below.
-    pub ring: SplitQueue,
+    pub ring: Virtqueue,
     control_region: Arc<Region>,
     data_region: Arc<Region>,
     control: u64,
@@ -126,7 +126,7 @@ impl BlkQueue {
     ///
     /// # Panics
     /// When the memory is too small for them.
-    pub fn new(memory: &Memory, ring: SplitQueue, options: SlotOptions) -> Self {
+    pub fn new(memory: &Memory, ring: Virtqueue, options: SlotOptions) -> Self {
         let count = u64::from(options.count);
         let segments = options.data_len.div_ceil(options.segment_len).max(1) as usize;
         let max_bufs = segments + 2;
@@ -217,7 +217,7 @@ impl BlkQueue {
         len
     }
 
-    /// Puts a request in the ring; it becomes visible to the device with [`SplitQueue::publish`]. Returns its
+    /// Puts a request in the ring; it becomes visible to the device with [`Virtqueue::publish`]. Returns its
     /// slot.
     ///
     /// # Errors
@@ -287,20 +287,12 @@ impl BlkQueue {
         self.bufs.push(Buf::writable(control + STATUS_AT, 1));
         let added = if self.options.indirect {
             assert!(self.bufs.len() <= self.max_bufs);
-            // SAFETY: the table has room for `max_bufs` descriptors.
-            let table = unsafe { self.control_ptr(slot).add(TABLE_AT as usize) }.cast::<Desc>();
+            // SAFETY: the control block has the table behind its other parts.
+            let table = unsafe { self.control_ptr(slot).add(TABLE_AT as usize) };
             for (i, buf) in self.bufs.iter().enumerate() {
-                let last = i + 1 == self.bufs.len();
-                let desc = Desc {
-                    addr: buf.addr.to_le(),
-                    len: buf.len.to_le(),
-                    flags: (if last { 0 } else { DESC_F_NEXT }
-                        | if buf.write { DESC_F_WRITE } else { 0 })
-                    .to_le(),
-                    next: if last { 0 } else { (i as u16 + 1).to_le() },
-                };
-                // SAFETY: as above; the table is 16-byte aligned.
-                unsafe { table.add(i).write_volatile(desc) };
+                let entry = self.ring.table_entry(buf, i, i + 1 == self.bufs.len());
+                // SAFETY: the table has room for `max_bufs` entries.
+                unsafe { std::ptr::copy_nonoverlapping(entry.as_ptr(), table.add(16 * i), 16) };
             }
             let len = 16 * self.bufs.len() as u32;
             self.ring
@@ -329,7 +321,7 @@ impl BlkQueue {
     /// Takes a completion if there is one.
     ///
     /// # Errors
-    /// Those of [`SplitQueue::pop_used`].
+    /// Those of [`Virtqueue::pop_used`].
     pub fn poll(&mut self) -> Result<Option<Completion>> {
         let used = self.ring.pop_used()?;
         Ok(used.map(|u| self.finish(u.token as u16, u.len)))
@@ -338,7 +330,7 @@ impl BlkQueue {
     /// Waits for a completion.
     ///
     /// # Errors
-    /// Those of [`SplitQueue::wait_used`].
+    /// Those of [`Virtqueue::wait_used`].
     pub fn wait(&mut self, timeout: Duration) -> Result<Completion> {
         let used = self.ring.wait_used(timeout)?;
         Ok(self.finish(used.token as u16, used.len))

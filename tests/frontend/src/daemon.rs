@@ -50,6 +50,8 @@ pub struct Disk {
     pub workers: Option<u16>,
     /// Further arguments for `virtioblkd`; the reference gets none of them.
     pub extra: Vec<OsString>,
+    /// Environment variables of the process.
+    pub env: Vec<(OsString, OsString)>,
 }
 
 impl Disk {
@@ -65,6 +67,7 @@ impl Disk {
             serial: None,
             workers: None,
             extra: Vec::new(),
+            env: Vec::new(),
         }
     }
 
@@ -107,6 +110,12 @@ impl Disk {
     /// The same with further arguments.
     pub fn args<S: Into<OsString>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
         self.extra.extend(args.into_iter().map(Into::into));
+        self
+    }
+
+    /// The same with a variable in the environment of the process.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.into(), value.into()));
         self
     }
 
@@ -203,6 +212,7 @@ impl Daemon {
                 disk.qemu_storage_daemon(&socket)
             }
         };
+        command.envs(disk.env.iter().map(|(name, value)| (name, value)));
         Self::spawn_command(&mut command, &socket, dir)
     }
 

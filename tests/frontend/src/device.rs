@@ -9,9 +9,10 @@ use crate::blk_queue::{BlkQueue, Completion, Op, SlotOptions};
 use crate::client::{Client, DEFAULT_TIMEOUT};
 use crate::error::{Error, Result};
 use crate::memory::{Memory, RegionSpec};
+use crate::message::Inflight;
 use crate::postcopy::PageServer;
 use crate::protocol::{feature, protocol_feature};
-use crate::ring::{Notify, SplitQueue};
+use crate::ring::{Notify, Virtqueue};
 
 /// How a device is negotiated and laid out.
 #[derive(Debug, Clone)]
@@ -36,6 +37,10 @@ pub struct DeviceOptions {
     pub notify: Notify,
     /// Give the backend no kick descriptor: it is to poll.
     pub kick_fd: bool,
+    /// Use packed rings; it is an error when they are not offered.
+    pub packed: bool,
+    /// Keep the requests in flight in memory that outlives the backend, where that is offered.
+    pub inflight: bool,
     /// Deadline of each answer and each request.
     pub timeout: Duration,
 }
@@ -57,6 +62,8 @@ impl Default for DeviceOptions {
             slots: SlotOptions::default(),
             notify: Notify::Call,
             kick_fd: true,
+            packed: false,
+            inflight: true,
             timeout: DEFAULT_TIMEOUT,
         }
     }
@@ -76,6 +83,10 @@ pub struct Device {
     protocol_features: u64,
     config: Config,
     postcopy: Option<PageServer>,
+    /// The inflight region: from the first start of the rings to the next reset of the device.
+    inflight: Option<Inflight>,
+    /// Where each ring goes on, as a VMM knows it: from the driver's start of it, or from its last stop.
+    bases: Vec<u32>,
 }
 
 impl Device {
@@ -109,6 +120,8 @@ impl Device {
             protocol_features: 0,
             config: Config::default(),
             postcopy: None,
+            inflight: None,
+            bases: Vec::new(),
             options,
         };
         device.handshake()?;
@@ -153,10 +166,21 @@ impl Device {
             }
         }
         client.set_owner()?;
-        self.features = self.offered & (self.options.features | feature::PROTOCOL_FEATURES);
+        let mut wanted = self.options.features | feature::PROTOCOL_FEATURES;
+        if self.options.packed {
+            wanted |= feature::RING_PACKED;
+            if self.offered & feature::RING_PACKED == 0 {
+                return Err(Error::Protocol("packed rings are not offered".into()));
+            }
+        }
+        self.features = self.offered & wanted;
         client.set_features(self.features)?;
         if self.protocol_features & protocol_feature::CONFIG != 0 {
             self.config = Config::parse(&client.get_config(0, CONFIG_LEN)?);
+        }
+        // At the start of a device QEMU does this before it shares the memory.
+        if let Some(region) = &self.inflight {
+            client.set_inflight_fd(region)?;
         }
         if self.postcopy.is_some() {
             // Shared when the incoming migration listens.
@@ -173,14 +197,29 @@ impl Device {
 
     fn make_queues(&mut self) -> Result<()> {
         for _ in 0..self.options.queues {
-            let mut ring = SplitQueue::new(&self.memory, self.options.queue_size)?;
-            ring.set_event_idx(self.features & feature::EVENT_IDX != 0);
-            ring.set_notify(self.options.notify);
+            let ring = Virtqueue::new(&self.memory, self.options.queue_size, self.options.packed)?;
+            let ring = self.negotiated(ring);
             let mut slots = self.options.slots;
             slots.indirect &= self.features & feature::INDIRECT_DESC != 0;
+            self.bases.push(ring.base());
             self.queues.push(BlkQueue::new(&self.memory, ring, slots));
         }
         Ok(())
+    }
+
+    /// Sets a ring up as it was negotiated.
+    fn negotiated(&self, mut ring: Virtqueue) -> Virtqueue {
+        ring.set_event_idx(self.features & feature::EVENT_IDX != 0);
+        ring.set_notify(self.options.notify);
+        ring
+    }
+
+    /// Puts a new, empty ring in the place of a queue's, as a driver does after a reset. The queue must be
+    /// stopped.
+    pub fn replace_ring(&mut self, index: usize, ring: Virtqueue) {
+        let ring = self.negotiated(ring);
+        self.queues[index].ring = ring;
+        self.reset_queue(index);
     }
 
     /// Starts every queue where its ring stands.
@@ -188,23 +227,54 @@ impl Device {
     /// # Errors
     /// Those of the messages.
     pub fn start_queues(&mut self) -> Result<()> {
+        self.share_inflight()?;
         for index in 0..self.queues.len() {
-            let base = self.queues[index].ring.next_avail();
+            let base = self.queues[index].ring.base();
             self.start_queue(index, base)?;
         }
         Ok(())
     }
 
-    /// Gives the backend one ring, to go on at `base`, and enables it.
+    /// What QEMU does with the inflight region at each start: it asks for one where it has none, and gives the
+    /// one that it has.
+    fn share_inflight(&mut self) -> Result<()> {
+        if !self.options.inflight || self.protocol_features & protocol_feature::INFLIGHT_SHMFD == 0
+        {
+            return Ok(());
+        }
+        let client = self.client.as_ref().ok_or(Error::Closed)?;
+        if self.inflight.is_none() {
+            let region = client.get_inflight_fd(self.options.queues, self.options.queue_size)?;
+            self.inflight = Some(region);
+        }
+        match &self.inflight {
+            Some(region) => client.set_inflight_fd(region),
+            None => Ok(()),
+        }
+    }
+
+    /// The inflight region that is kept.
+    pub fn inflight(&self) -> Option<&Inflight> {
+        self.inflight.as_ref()
+    }
+
+    /// Keeps another inflight region, or none; the backend hears of it at the next start.
+    pub fn set_inflight(&mut self, region: Option<Inflight>) -> Option<Inflight> {
+        std::mem::replace(&mut self.inflight, region)
+    }
+
+    /// Gives the backend one ring, to go on at `base` (split: an available index; packed: 16 bits where to look
+    /// next and 16 bits where to write next), and enables it.
     ///
     /// # Errors
     /// Those of the messages.
-    pub fn start_queue(&mut self, index: usize, base: u16) -> Result<()> {
+    pub fn start_queue(&mut self, index: usize, base: u32) -> Result<()> {
+        self.bases[index] = base;
         let ring = &self.queues[index].ring;
         let client = self.client.as_ref().ok_or(Error::Closed)?;
         let i = index as u32;
         client.set_vring_num(i, u32::from(ring.size()))?;
-        client.set_vring_base(i, u32::from(base))?;
+        client.set_vring_base(i, base)?;
         client.set_vring_addr(i, &ring.vring_addr(0))?;
         client.set_vring_err(i, Some(ring.err_fd().raw()))?;
         let kick = self.options.kick_fd.then(|| ring.kick_fd().raw());
@@ -224,9 +294,31 @@ impl Device {
     ///
     /// # Errors
     /// Those of the messages.
-    pub fn stop_queue(&mut self, index: usize) -> Result<u16> {
+    pub fn stop_queue(&mut self, index: usize) -> Result<u32> {
         let base = self.client()?.get_vring_base(index as u32)?;
-        Ok(base as u16)
+        self.bases[index] = base;
+        Ok(base)
+    }
+
+    /// What a reset of the device by its driver is to the backend: all rings stop, the inflight region is
+    /// dropped. Rings are cleared, and start again with [`Device::start_queues`].
+    ///
+    /// # Errors
+    /// Those of the messages.
+    pub fn reset(&mut self) -> Result<()> {
+        for index in 0..self.queues.len() {
+            self.stop_queue(index)?;
+        }
+        self.inflight = None;
+        for index in 0..self.queues.len() {
+            self.reset_queue(index);
+        }
+        Ok(())
+    }
+
+    fn reset_queue(&mut self, index: usize) {
+        self.queues[index].reset();
+        self.bases[index] = self.queues[index].ring.base();
     }
 
     /// Stops all rings and disconnects, as a VM that is shut down.
@@ -253,23 +345,33 @@ impl Device {
     /// Those of the messages.
     pub fn reconnect(&mut self) -> Result<()> {
         self.disconnect();
+        self.inflight = None;
         self.handshake()?;
-        for queue in &mut self.queues {
-            queue.reset();
+        for index in 0..self.queues.len() {
+            self.reset_queue(index);
         }
         self.start_queues()
     }
 
-    /// Connects and negotiates again, and starts the rings at their used index, so that what was not completed
-    /// is taken up again. That is right only where nothing was completed out of order.
+    /// What QEMU does after its backend went away: it connects and negotiates again, hands the inflight region
+    /// over, and starts the rings. Split ones at their used index, so that without a region what was not
+    /// completed is taken up again, which is right only where nothing was completed out of order. Packed ones
+    /// where they were started last, since nothing in memory tells better (QEMU's
+    /// `virtio_queue_restore_last_avail_idx`).
     ///
     /// # Errors
     /// Those of the messages.
     pub fn resume(&mut self) -> Result<()> {
         self.disconnect();
         self.handshake()?;
+        if self.inflight.is_none() {
+            self.share_inflight()?;
+        }
         for index in 0..self.queues.len() {
-            let base = self.queues[index].ring.used_idx();
+            let base = match &self.queues[index].ring {
+                Virtqueue::Split(ring) => u32::from(ring.used_idx()),
+                Virtqueue::Packed(_) => self.bases[index],
+            };
             self.start_queue(index, base)?;
         }
         Ok(())
@@ -303,7 +405,7 @@ impl Device {
         client.postcopy_ready()?;
         // Where the rings stand is known without touching them.
         for index in 0..self.queues.len() {
-            let base = self.queues[index].ring.next_avail();
+            let base = self.queues[index].ring.base();
             self.start_queue(index, base)?;
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! A vhost-user front end and the driver side of virtio-blk, for tests and benchmarks.
 //!
-//! It is an independent reading of the specifications (QEMU's vhost-user document, virtio's split ring and
-//! block device) and shares no code with the backend, so that the two cannot agree on a mistake.
+//! It is an independent reading of the specifications (QEMU's vhost-user document, virtio's split and
+//! packed rings and block device) and shares no code with the backend, so that the two cannot agree on a mistake.
 //!
 //! From the bottom up: [`memory`] is guest memory; [`message`] and [`client`] speak vhost-user; [`ring`] drives a virtqueue,
 //! [`blk`] and [`blk_queue`] put block requests on it; [`device`] joins them into a disk that can be read and
@@ -34,4 +34,4 @@ pub use device::{Device, DeviceOptions};
 pub use error::{Error, Result};
 pub use memory::{Memory, RegionSpec};
 pub use process::TempDir;
-pub use ring::{Buf, Desc, Notify, Outcome, SplitQueue};
+pub use ring::{Buf, Desc, Notify, Outcome, PackedQueue, SplitQueue, Virtqueue};
