@@ -13,7 +13,7 @@ fail() {
     exit 1
 }
 
-# skip REASON: only where the backend to compare with has no such feature.
+# skip REASON: only where the backend to compare with has no such feature, or the distribution no such package.
 skip() {
     say "skip: $*"
     exit 77

@@ -4,7 +4,7 @@
 
 BACKEND=${BACKEND:-virtioblkd}
 VIRTIOBLKD=${VIRTIOBLKD:-$REPO_ROOT/target/release/virtioblkd}
-declare -A BACKEND_PID=()
+declare -A BACKEND_PID=() BACKEND_LINE=()
 
 backend_is_virtioblkd() { [[ $BACKEND == virtioblkd ]]; }
 
@@ -49,10 +49,9 @@ start_backend() {
     # The socket's name is relative to RUN_DIR: a socket's path may have 107 bytes only.
     backend_command "$name.sock" "$@"
     rm -f "$RUN_DIR/$name.sock"
-    (cd "$RUN_DIR" && exec "${BACKEND_COMMAND[@]}") >>"$log" 2>&1 </dev/null &
-    pid=$!
-    own_pid "$pid"
-    BACKEND_PID[$name]=$pid
+    BACKEND_LINE[$name]=$(printf '%q ' "${BACKEND_COMMAND[@]}")
+    launch_backend "$name"
+    pid=${BACKEND_PID[$name]}
     until [[ -S $RUN_DIR/$name.sock ]]; do
         alive "$pid" || {
             tail -n 20 "$log" >&2
@@ -61,6 +60,23 @@ start_backend() {
         ((SECONDS <= deadline)) || die "the backend made no socket within 20 s (see $log)"
         sleep 0.02
     done
+}
+
+# kill_backend NAME: as the kernel's out-of-memory killer would.
+kill_backend() {
+    kill -KILL "${BACKEND_PID[$1]}"
+    wait_gone "${BACKEND_PID[$1]}" 10
+    wait "${BACKEND_PID[$1]}" 2>/dev/null || true
+}
+
+# launch_backend NAME: the command line of the last start_backend NAME, also over what a killed process left
+# behind. Does not wait until it listens.
+launch_backend() {
+    local -a command
+    eval "command=(${BACKEND_LINE[$1]})"
+    (cd "$RUN_DIR" && exec "${command[@]}") >>"$RUN_DIR/$1.log" 2>&1 </dev/null &
+    BACKEND_PID[$1]=$!
+    own_pid $!
 }
 
 # stop_backend NAME: SIGTERM; it has to finish what it holds and leave with status 0.

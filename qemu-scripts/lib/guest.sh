@@ -2,11 +2,15 @@
 # A small Linux guest: a distribution kernel, unpacked and never installed, and an initramfs of our own
 # with busybox, the modules a virtio disk needs, e2fsprogs and fio.
 
-GUEST_DIR=$CACHE_DIR/guest
-GUEST_KERNEL=$GUEST_DIR/vmlinuz
-# Without fio (3 MB, for firmware to read) and with it (~40 MB).
-GUEST_INITRD_SMALL=$GUEST_DIR/initrd-small
-GUEST_INITRD=$GUEST_DIR/initrd
+# guest_in DIR: where the guest's kernel and its initramfs are, or will be made.
+guest_in() {
+    GUEST_DIR=$1
+    GUEST_KERNEL=$GUEST_DIR/vmlinuz
+    # Without fio (3 MB, for firmware to read) and with it (~40 MB).
+    GUEST_INITRD_SMALL=$GUEST_DIR/initrd-small
+    GUEST_INITRD=$GUEST_DIR/initrd
+}
+guest_in "$CACHE_DIR/guest"
 
 GUEST_MODULES=(virtio_pci virtio_blk crc32c_generic crc32c_intel ext4)
 
@@ -15,7 +19,7 @@ fetch_package() {
     local package=$1 dir=$2 download=$CACHE_DIR/debs
     rm -rf "$download"
     mkdir -p "$download" "$dir"
-    (cd "$download" && apt-get -qq download "$package" >/dev/null 2>"$CACHE_DIR/apt.log") ||
+    (cd "$download" && apt-get "${APT_EXTRA[@]}" -qq download "$package" >/dev/null 2>"$CACHE_DIR/apt.log") ||
         die "cannot download the package $package (see $CACHE_DIR/apt.log)"
     dpkg -x "$download"/*.deb "$dir"
     rm -rf "$download"
@@ -23,19 +27,38 @@ fetch_package() {
 
 # depends_of PACKAGE REGEX: the first package it depends on that matches.
 depends_of() {
-    apt-cache show --no-all-versions "$1" 2>/dev/null | sed -n 's/^Depends: //p' | sed 's/[,|]/\n/g' |
+    apt-cache "${APT_EXTRA[@]}" show --no-all-versions "$1" 2>/dev/null | sed -n 's/^Depends: //p' | sed 's/[,|]/\n/g' |
         sed 's/ *(.*//; s/^ *//; s/ *$//' | grep -E -- "$2" | sed -n 1p
 }
 
-# get_kernel: GUEST_KERNEL and its modules below GUEST_DIR/root.
+# kernel_package: the kernel for virtual machines, Debian's or Ubuntu's, of the suites that apt looks at.
+kernel_package() {
+    depends_of linux-image-cloud-amd64 '^linux-image-.*-cloud-amd64$' | grep . ||
+        depends_of linux-image-virtual '^linux-image-[0-9].*-generic$' | grep .
+}
+
+# newer_kernel_package: a newer one than the distribution began with: Debian's from backports (apt looks there from
+# then on), Ubuntu's from its hardware enablement. Sets NEWER_KERNEL, or is false.
+newer_kernel_package() {
+    local plain
+    apt_update
+    plain=$(kernel_package) || return
+    if [[ $(os_field ID) == debian ]]; then
+        use_backports "$(os_field VERSION_CODENAME)" linux-image-cloud-amd64 || return
+        NEWER_KERNEL=$(kernel_package) || return
+    else
+        NEWER_KERNEL=$(depends_of "linux-image-virtual-hwe-$(os_field VERSION_ID)" '^linux-image-[0-9].*-generic$')
+    fi
+    [[ -n $NEWER_KERNEL && $NEWER_KERNEL != "$plain" ]]
+}
+
+# get_kernel [PACKAGE]: GUEST_KERNEL and its modules below GUEST_DIR/root.
 get_kernel() {
     [[ ! -e $GUEST_KERNEL ]] || return 0
-    local image modules root=$GUEST_DIR/root.new
+    local image=${1:-} modules root=$GUEST_DIR/root.new
     require_apt busybox
     apt_update
-    # Debian's kernel for virtual machines; Ubuntu's.
-    image=$(depends_of linux-image-cloud-amd64 '^linux-image-.*-cloud-amd64$') ||
-        image=$(depends_of linux-image-virtual '^linux-image-[0-9].*-generic$') ||
+    [[ -n $image ]] || image=$(kernel_package) ||
         die "no package of a kernel for virtual machines found (linux-image-cloud-amd64, linux-image-virtual)"
     step "fetching a guest kernel: $image (unpacked in the cache, not installed)"
     rm -rf "$root"
@@ -132,10 +155,10 @@ build_initramfs() {
     printf '%s\n' "$stamp" >"$GUEST_INITRD.stamp"
 }
 
-# get_guest: everything for `-kernel`.
+# get_guest [KERNEL_PACKAGE]: everything for `-kernel`.
 get_guest() {
     [[ $(uname -m) == x86_64 ]] || die "these scripts boot x86-64 guests only; this machine is $(uname -m)"
     mkdir -p "$GUEST_DIR"
-    get_kernel
+    get_kernel "$@"
     build_initramfs
 }

@@ -100,8 +100,9 @@ apt_archives() {
     done
 }
 
-# use_backports: lets apt see CODENAME-backports of the machine's own archive, for the calls of this
-# script only (a list of ours beside the machine's; the machine's own files stay as they are).
+# use_backports CODENAME PACKAGE: lets apt see CODENAME-backports of the machine's own archive, for the calls of
+# this script only (a list of ours beside the machine's; the machine's own files stay as they are). False when
+# that suite has no such package.
 use_backports() {
     local codename=$1 archive list=$CACHE_DIR/apt/sources.list
     archive=$(apt_archives "$codename" | sed -n 1p)
@@ -114,7 +115,7 @@ use_backports() {
     APT_EXTRA=(-o "Dir::Etc::SourceList=$list" -o APT::Default-Release="$codename-backports")
     APT_FRESH=no
     apt_update
-    apt-cache "${APT_EXTRA[@]}" policy qemu-system-x86 | grep -- -backports >/dev/null
+    apt-cache "${APT_EXTRA[@]}" policy "$2" | grep -- -backports >/dev/null
 }
 
 # ensure_qemu: QEMU and qemu-img, both from one suite (mixing suites makes apt remove one of them). On
@@ -123,7 +124,7 @@ ensure_qemu() {
     command -v qemu-system-x86_64 >/dev/null && command -v qemu-img >/dev/null && return
     require_apt qemu-system-x86 qemu-utils
     if [[ $(os_field VERSION_CODENAME) == bookworm ]]; then
-        use_backports bookworm || {
+        use_backports bookworm qemu-system-x86 || {
             warn "no bookworm-backports in reach: taking Debian 12's own QEMU"
             APT_EXTRA=()
         }

@@ -4,7 +4,7 @@
 #   NAME.result   second serial port (what a guest script reports)
 #   NAME.qmp      QEMU's answers and events
 
-declare -A VM_PID=() VM_QMP=()
+declare -A VM_PID=() VM_QMP=() VM_ORDERS=()
 
 # vm_new NAME MEMORY CPUS
 vm_new() {
@@ -12,28 +12,62 @@ vm_new() {
     [[ -n ${ACCEL:-} ]] || choose_accel
     # Shared memory is what vhost-user is about: the backend maps the guest's RAM.
     VM_ARGS=(-name "$1" -nodefaults -no-user-config -display "${VM_DISPLAY:-none}"
-        -machine q35,memory-backend=ram -accel "$ACCEL" -cpu "$CPU_MODEL"
+        -machine "${VM_MACHINE:-q35},memory-backend=ram" -accel "$ACCEL" -cpu "$CPU_MODEL"
         -m "$2" -smp "$3" -object "memory-backend-memfd,id=ram,size=$2,share=on")
     # A guest's reset, or its panic, ends QEMU, unless a reset is what one wants to see.
     [[ ${ALLOW_RESET:-no} == yes ]] || VM_ARGS+=(-no-reboot)
 }
 
 # vm_disk BACKEND_NAME[,DEVICE_OPTION...]: the disk that this backend serves. QEMU runs in RUN_DIR, or
-# VM_SOCKETS says where the sockets are.
+# VM_SOCKETS says where the sockets are. With VM_RECONNECT=yes it connects again whenever the backend went away.
 vm_disk() {
-    VM_ARGS+=(-chardev "socket,id=${1%%,*},path=${VM_SOCKETS:-}${1%%,*}.sock" -device "vhost-user-blk-pci,chardev=$1")
+    local chardev="socket,id=${1%%,*},path=${VM_SOCKETS:-}${1%%,*}.sock"
+    [[ ${VM_RECONNECT:-no} == no ]] || chardev+=,$(reconnect_option)
+    VM_ARGS+=(-chardev "$chardev" -device "vhost-user-blk-pci,chardev=$1")
 }
 
-# vm_files: serial ports to files, and QMP on a pair of pipes.
+# qemu_version: such as 10.0.2.
+qemu_version() { qemu-system-x86_64 --version | sed -n 's/^QEMU emulator version \([0-9.]*\).*/\1/p'; }
+
+# reconnect_option: of a chardev. What takes milliseconds came with QEMU 9.2.
+reconnect_option() {
+    if version_at_least "$(qemu_version)" 9.2; then printf 'reconnect-ms=100'; else printf 'reconnect=1'; fi
+}
+
+# vm_files [qmp]: serial ports to files, and QMP on a pair of pipes; or the latter alone.
 vm_files() {
     local base=$RUN_DIR/$VM_NAME
     rm -f "$base".{console,result,qmp,pipe.in,pipe.out}
     : >"$base.console"
     : >"$base.result"
     mkfifo "$base.pipe.in" "$base.pipe.out"
-    VM_ARGS+=(-serial "file:$VM_NAME.console" -serial "file:$VM_NAME.result"
-        -chardev "pipe,id=qmp,path=$VM_NAME.pipe" -mon chardev=qmp,mode=control)
+    [[ ${1:-} == qmp ]] ||
+        VM_ARGS+=(-serial "file:$VM_NAME.console" -serial "file:$VM_NAME.result")
+    VM_ARGS+=(-chardev "pipe,id=qmp,path=$VM_NAME.pipe" -mon chardev=qmp,mode=control)
 }
+
+# vm_orders: a third serial port, on which the guest reads lines of vm_order.
+vm_orders() {
+    local base=$RUN_DIR/$VM_NAME.orders
+    rm -f "$base".{in,out}
+    mkfifo "$base".in "$base".out
+    VM_ARGS+=(-chardev "pipe,id=orders,path=$VM_NAME.orders" -serial chardev:orders)
+}
+
+# vm_order NAME LINE
+vm_order() { printf '%s\n' "$2" >&"${VM_ORDERS[$1]}"; }
+
+# vm_terminal: the first serial port to NAME.console, with what vm_type sends as its input.
+vm_terminal() {
+    local base=$RUN_DIR/$VM_NAME.orders
+    vm_orders
+    : >"$RUN_DIR/$VM_NAME.console"
+    cat "$base.out" >"$RUN_DIR/$VM_NAME.console" &
+    own_pid $!
+}
+
+# vm_type NAME LINE: as from a keyboard.
+vm_type() { printf '%s\r' "$2" >&"${VM_ORDERS[$1]}"; }
 
 # vm_linux INITRD [KERNEL_PARAMETERS]: boots our kernel directly.
 vm_linux() {
@@ -77,6 +111,10 @@ vm_start() {
         VM_QMP[$VM_NAME]=$fd
         vm_command "$VM_NAME" qmp_capabilities
     fi
+    if [[ -p $base.orders.in ]]; then
+        exec {fd}<>"$base.orders.in"
+        VM_ORDERS[$VM_NAME]=$fd
+    fi
 }
 
 # vm_command NAME COMMAND: one QMP command without arguments.
@@ -84,6 +122,29 @@ vm_command() {
     alive "${VM_PID[$1]}" || return 1
     printf '{"execute":"%s"}\n' "$2" >&"${VM_QMP[$1]}"
 }
+
+VM_QMP_ID=0
+
+# vm_qmp NAME COMMAND [ARGUMENTS]: one QMP command, its arguments as a JSON object. VM_ANSWER is the answer; false
+# when QEMU refuses, or has ended.
+vm_qmp() {
+    local arguments=${3:-} id deadline=$((SECONDS + 30))
+    [[ -n $arguments ]] || arguments='{}'
+    VM_QMP_ID=$((VM_QMP_ID + 1))
+    id=$VM_QMP_ID
+    VM_ANSWER=''
+    alive "${VM_PID[$1]}" || return 1
+    printf '{"execute":"%s","arguments":%s,"id":%d}\n' "$2" "$arguments" "$id" >&"${VM_QMP[$1]}"
+    until VM_ANSWER=$(grep -Ea -m 1 "\"id\": $id[,}]" "$RUN_DIR/$1.qmp"); do
+        alive "${VM_PID[$1]}" || return 1
+        ((SECONDS <= deadline)) || die "QEMU of $1 did not answer $2 within 30 s"
+        sleep 0.02
+    done
+    [[ $VM_ANSWER != *'"error": {'* ]]
+}
+
+# vm_field NAME: of VM_ANSWER, a number or a string.
+vm_field() { sed -n "s/.*\"$1\": \"\{0,1\}\([^\",}]*\).*/\1/p" <<<"$VM_ANSWER"; }
 
 # vm_wait NAME SECONDS: until QEMU ends by itself, with status 0.
 vm_wait() {
