@@ -105,8 +105,11 @@ guest_script() {
     } >"$file"
 }
 
+VM_OPTIONS=()
+
 # start_guest VM FUNCTIONS DISK...: boots VM, which runs the last of the functions (their names with spaces
-# between), with these disks (see vm_disk). CPUS, MEMORY, INITRD, FIRMWARE and ALLOW_RESET may be set before.
+# between), with these disks (see vm_disk). CPUS, MEMORY, INITRD, FIRMWARE and ALLOW_RESET may be set before; with
+# ORDERS=yes the guest hears vm_order on its third serial port. VM_OPTIONS are more of QEMU's.
 start_guest() {
     local name=$1 functions=$2 disk
     shift 2
@@ -117,6 +120,9 @@ start_guest() {
         vm_disk "$disk"
     done
     vm_files
+    [[ ${ORDERS:-no} == no ]] || vm_orders
+    [[ ${INCOMING:-no} == no ]] || VM_ARGS+=(-incoming defer)
+    VM_ARGS+=("${VM_OPTIONS[@]}")
     case ${FIRMWARE:-none} in
     none) vm_linux "${INITRD:-$GUEST_INITRD}" ;;
     seabios) ;; # what QEMU takes by itself

@@ -123,15 +123,12 @@ vm_command() {
     printf '{"execute":"%s"}\n' "$2" >&"${VM_QMP[$1]}"
 }
 
-VM_QMP_ID=0
-
 # vm_qmp NAME COMMAND [ARGUMENTS]: one QMP command, its arguments as a JSON object. VM_ANSWER is the answer; false
 # when QEMU refuses, or has ended.
 vm_qmp() {
-    local arguments=${3:-} id deadline=$((SECONDS + 30))
+    # Microseconds: no two are alike, in a subshell either.
+    local arguments=${3:-} id=${EPOCHREALTIME/[^0-9]/} deadline=$((SECONDS + 30))
     [[ -n $arguments ]] || arguments='{}'
-    VM_QMP_ID=$((VM_QMP_ID + 1))
-    id=$VM_QMP_ID
     VM_ANSWER=''
     alive "${VM_PID[$1]}" || return 1
     printf '{"execute":"%s","arguments":%s,"id":%d}\n' "$2" "$arguments" "$id" >&"${VM_QMP[$1]}"
@@ -166,5 +163,6 @@ vm_wait() {
 vm_kill() {
     kill -KILL "${VM_PID[$1]}"
     wait_gone "${VM_PID[$1]}" 10
+    wait "${VM_PID[$1]}" 2>/dev/null || true
     unset "VM_PID[$1]"
 }
