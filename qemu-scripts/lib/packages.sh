@@ -192,3 +192,14 @@ build_virtioblkd() {
     run_with_dots "building virtioblkd (cargo build --release)" "$CACHE_DIR/build.log" \
         "$CARGO" build --release --manifest-path "$REPO_ROOT/Cargo.toml" || die "the build failed"
 }
+
+# build_checked: sets VIRTIOBLKD to a build with assertions, and with the switches that tests have in those.
+# VIRTIOBLKD_CHECKED=PATH is taken instead.
+build_checked() {
+    if [[ -z ${VIRTIOBLKD_CHECKED:-} ]]; then
+        ensure_rust
+        run_with_dots "building virtioblkd with assertions (cargo build --profile checked)" "$CACHE_DIR/build.log" \
+            "$CARGO" build --profile checked --manifest-path "$REPO_ROOT/Cargo.toml" || die "the build failed"
+    fi
+    VIRTIOBLKD=${VIRTIOBLKD_CHECKED:-$REPO_ROOT/target/checked/virtioblkd}
+}
