@@ -3,7 +3,7 @@
 # happens to the backend meanwhile.
 
 # What guest_load is made of, for run_guest and start_guest.
-LOAD_FUNCTIONS="load_fio load_files load_pulse no_disk_errors guest_load"
+LOAD_FUNCTIONS="load_fio load_files load_pulse load_unflushed no_disk_errors guest_load"
 
 # load_initrd: sets INITRD to one with the programs of guest-tests/programs/ in it.
 load_initrd() {
@@ -54,7 +54,8 @@ end_load() {
 
 # --- in the guest --------------------------------------------------------------
 
-# fio in a file, files with fsync and checksums beside it, and single reads of the disk. Orders: pause, stop.
+# fio in a file, files with fsync and checksums beside it, and single reads of the disk. A second disk, if there is
+# one, is written without any flush. Orders: pause, stop.
 guest_load() {
     stty -F /dev/ttyS2 raw -echo
     exec 3</dev/ttyS2
@@ -68,6 +69,12 @@ guest_load() {
     files=$!
     load_pulse &
     pulse=$!
+    unflushed=''
+    if [ -b /dev/vdb ]; then
+        load_unflushed &
+        unflushed=$!
+        wait_writes vdb 100
+    fi
     wait_writes vda 300
     result "UNDER LOAD"
     while read -r order <&3 && [ "$order" != stop ]; do
@@ -78,6 +85,7 @@ guest_load() {
     wait "$pulse" || fail "pulse"
     wait "$fio" || fail "fio"
     wait "$files" || fail "files"
+    [ -z "$unflushed" ] || wait "$unflushed" || fail "the disk without flushes"
     umount /mnt
     fsck.ext4 -fn /dev/vda || fail "fsck"
     no_disk_errors
@@ -114,6 +122,20 @@ load_files() {
                 same "$n, of $written writes" "$(cat "/tmp/wanted/${n##*/}")" "$(sha256sum <"$n")"
             done
         fi
+    done
+}
+
+# What no flush has made durable has to be there all the same when the backend was killed. Each pass goes to clusters
+# that nobody has written to.
+load_unflushed() {
+    pass=0
+    while [ ! -e /tmp/stop ]; do
+        pass=$((pass + 1))
+        [ "$pass" -le 100 ] || fail "the disk without flushes is full"
+        fio --name=unflushed --filename=/dev/vdb --offset=$((pass * 8))M --size=8M --rw=randwrite --bsrange=4k-32k \
+            --direct=1 --ioengine=libaio --iodepth=4 --rate_iops=300 --verify=crc32c --verify_fatal=1 \
+            --verify_dump=0 --randseed="$pass" --eta=never --output-format=terse --output=/tmp/fio.unflushed ||
+            fail "fio without flushes, pass $pass"
     done
 }
 

@@ -24,8 +24,8 @@ host() {
 guest_grow() {
     same "sectors at first" $((64 * 2048)) "$(cat /sys/block/vda/size)"
     must_fail dd if=/dev/zero of=/dev/vda bs=1M seek=64 count=1 oflag=direct 2>/dev/null
-    fio --name=load --filename=/dev/vda --rw=randwrite --bs=16k --size=32M --direct=1 --ioengine=libaio --iodepth=8 \
-        --verify=crc32c --verify_fatal=1 --loops=4 --eta=never --output=/tmp/fio.out &
+    fio --name=load --filename=/dev/vda --rw=randwrite --bs=16k --size=12M --direct=1 --ioengine=libaio --iodepth=8 \
+        --verify=crc32c --verify_fatal=1 --loops=2 --eta=never --output=/tmp/fio.out &
     load=$!
     wait_writes vda 200
     result "UNDER LOAD"
