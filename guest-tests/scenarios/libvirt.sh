@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-SUMMARY="libvirt with qemu-scripts/libvirt-domain.xml: define, start, plug a disk in and out, save, restore, destroy"
+SUMMARY="libvirt with qemu-scripts/libvirt-domain.xml: define, start, plug a disk in and out, save, restore, kill of the backend, destroy"
 
 source "$REPO_ROOT/guest-tests/lib/libvirt.sh"
 
@@ -31,6 +31,11 @@ host() {
     ! backend_is_virtioblkd || check_image
     virsh_must restore "$RUN_DIR/vm1.save"
     sleep 1
+    if backend_is_virtioblkd; then
+        # <reconnect>: the machine waits, and goes on.
+        kill_backend root
+        launch_backend root
+    fi
     order finish
     says "GUEST-EXIT 0"
     virsh_must destroy vm1
@@ -92,7 +97,8 @@ order() { printf '%s\n' "$1" >&8; }
 
 # says LINE: the guest reports it. QEMU is libvirt's child here, so its end is not noticed, but waited for.
 says() {
-    wait_for_line "$RUN_DIR/vm1.result" "^($1|FAIL|GUEST-EXIT)" 60 $$ || fail "the guest did not say '$1' within 60 s"
+    wait_for_line "$RUN_DIR/vm1.result" "^($1|FAIL|GUEST-EXIT)" "$GUEST_TIMEOUT" $$ ||
+        fail "the guest did not say '$1' within $GUEST_TIMEOUT s"
     grep -Eq "^$1" "$RUN_DIR/vm1.result" || fail "the guest: $(tail -n 1 "$RUN_DIR/vm1.result")"
 }
 
@@ -117,7 +123,7 @@ guest_libvirt() {
     result UNPLUGGED
     wanted load
     # Longer than the save takes to begin; then it is verified, on the restored machine.
-    fio --name=load --filename=/dev/vda --rw=randwrite --bsrange=4k-64k --offset=16M --size=24M --io_size=96M \
+    fio --name=load --filename=/dev/vda --rw=randwrite --bsrange=4k-64k --offset=16M --size=24M --rate_iops=100 \
         --direct=1 --ioengine=libaio --iodepth=8 --verify=crc32c --verify_fatal=1 --output=/tmp/fio.out &
     load=$!
     wait_writes vda 200
