@@ -34,7 +34,7 @@ scenario_names() {
 list_scenarios() {
     local name
     while IFS= read -r name; do
-        printf '%-16s %s\n' "$name" "$(sed -n 's/^SUMMARY="\(.*\)"$/\1/p' "$SCENARIOS/$name.sh")"
+        printf '%-22s %s\n' "$name" "$(sed -n 's/^SUMMARY="\(.*\)"$/\1/p' "$SCENARIOS/$name.sh")"
     done < <(scenario_names)
 }
 

@@ -63,6 +63,8 @@ guest_load() {
     mkfs.ext4 -q -F -E nodiscard /dev/vda
     mount /dev/vda /mnt
     block text 100000 >/tmp/text
+    # VIRTIO_F_RING_PACKED is bit 34; the first one stands on the left.
+    result "PACKED $(cut -c 35 /sys/block/vda/device/features)"
     load_fio &
     fio=$!
     load_files &

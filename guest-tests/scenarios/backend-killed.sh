@@ -1,41 +1,8 @@
 # shellcheck shell=bash
-SUMMARY="the backends of two disks are killed 30 times at random moments under load; the guest sees no error, and every byte is right"
+SUMMARY="the backends of two disks are killed 30 times at random moments under load; no error, and every byte is right"
 
-source "$REPO_ROOT/guest-tests/lib/load.sh"
+source "$REPO_ROOT/guest-tests/lib/kills.sh"
 
 KILLS=${KILLS:-30}
 
-host() {
-    local kills pause which connected
-    backend_is_virtioblkd || skip "qemu-storage-daemon keeps no requests over its end"
-    load_initrd
-    make_disk qcow2 128
-    # A disk that is never flushed: its new mappings are nowhere but in the journal.
-    truncate -s 1G "$RUN_DIR/empty.raw"
-    make_overlay "$RUN_DIR/empty.raw" "$RUN_DIR/second.qcow2"
-    start_backend disk "$IMAGE" qcow2 --num-queues 2
-    start_backend second "$RUN_DIR/second.qcow2" qcow2 --num-queues 2
-    VM_RECONNECT=yes ORDERS=yes start_guest vm "$LOAD_FUNCTIONS" disk,num-queues=2 second,num-queues=2
-    guest_says vm "UNDER LOAD" "$GUEST_TIMEOUT"
-    for ((kills = 1; kills <= KILLS; kills++)); do
-        pause=$((200 + RANDOM % 1300))
-        sleep "$((pause / 1000)).$(printf '%03d' $((pause % 1000)))"
-        load_ok vm
-        which=disk
-        ((kills % 3)) || which=second
-        alive "${BACKEND_PID[$which]}" || fail "the backend ended by itself before kill $kills"
-        kill_backend "$which"
-        launch_backend "$which"
-    done
-    sleep 1
-    load_ok vm
-    pause=$(longest_pause vm)
-    connected=$(cat "$RUN_DIR"/{disk,second}.log | grep -c 'a VMM has connected')
-    end_load vm
-    stop_backend disk || fail "the backend's end"
-    stop_backend second || fail "the second backend's end"
-    say "$KILLS kills, $connected connections; the guest's longest wait for a read: $((pause / 1000)) ms"
-    check_image
-    check_guest_sha vm
-    qemu-img check -q -f qcow2 "$RUN_DIR/second.qcow2" || fail "qemu-img check of the second disk"
-}
+host() { kill_scenario ""; }

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-SUMMARY="a newer Linux than the distribution's own (6.12 on Debian 12): fio on four queues of 1024 entries, ext4, discard"
+SUMMARY="a newer Linux than the distribution's own (6.12 on Debian 12): fio on four packed queues of 1024 entries, ext4, discard"
 
 host() {
     guest_in "$CACHE_DIR/guest-newer"
@@ -11,8 +11,9 @@ host() {
     fi
     make_disk qcow2 128
     start_backend disk "$IMAGE" qcow2 --num-queues 4 --queue-size 1024
-    CPUS=4 run_guest vm guest_newer disk,num-queues=4,queue-size=1024
+    CPUS=4 run_guest vm guest_newer disk,num-queues=4,queue-size=1024,packed=on
     stop_backend disk || fail "the backend's end"
+    ! backend_is_virtioblkd || same "packed rings" 1 "$(guest_result vm PACKED)"
     say "guest kernel: $(guest_result vm KERNEL)"
     check_image
     check_guest_sha vm
@@ -20,6 +21,8 @@ host() {
 
 guest_newer() {
     result "KERNEL $(uname -r)"
+    # VIRTIO_F_RING_PACKED; the first bit stands on the left.
+    result "PACKED $(cut -c 35 /sys/block/vda/device/features)"
     same queues 4 "$(ls /sys/block/vda/mq | wc -l)"
     same "entries of the queue" 1024 "$(cat /sys/block/vda/queue/nr_requests)"
     fio_verify io_uring 64 4k 20 8 --bs=4k
