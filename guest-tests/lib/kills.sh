@@ -6,7 +6,7 @@ source "$REPO_ROOT/guest-tests/lib/load.sh"
 
 # kill_scenario DISK_OPTIONS: with these options of vhost-user-blk-pci.
 kill_scenario() {
-    local kills pause which connected
+    local kills pause which connected replayed
     backend_is_virtioblkd || skip "qemu-storage-daemon keeps no requests over its end"
     load_initrd
     make_disk qcow2 128
@@ -35,7 +35,8 @@ kill_scenario() {
     end_load vm
     stop_backend disk || fail "the backend's end"
     stop_backend second || fail "the second backend's end"
-    say "$KILLS kills, $connected connections; the guest's longest wait for a read: $((pause / 1000)) ms"
+    replayed=$(cat "$RUN_DIR"/{disk,second}.log | grep -c ' were replayed' || true)
+    say "$KILLS kills, $connected connections, $replayed journals replayed; the guest's longest wait for a read: $((pause / 1000)) ms"
     check_image
     check_guest_sha vm
     qemu-img check -q -f qcow2 "$RUN_DIR/second.qcow2" || fail "qemu-img check of the second disk"
