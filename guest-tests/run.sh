@@ -21,7 +21,8 @@ real Linux guest under QEMU. Prints a line for each scenario, and "N passed, N f
   SCENARIO    only these, without the host-side tests
 
 Environment: VIRTIOBLKD_ACCEL=kvm|tcg overrides the choice; BACKEND=qemu-storage-daemon runs the scenarios
-with that backend, to compare; VIRTIOBLKD=PATH takes another binary (nothing is built then).
+with that backend, to compare; VIRTIOBLKD=PATH takes another binary (nothing is built then), and
+VIRTIOBLKD_CHECKED=PATH one with assertions, which the scenario dirty-log needs.
 Logs are in .cache/run/guest-tests/.
 USAGE
 }
@@ -178,6 +179,8 @@ get_guest
 choose_accel
 if backend_is_virtioblkd && [[ $VIRTIOBLKD == "$REPO_ROOT/target/release/virtioblkd" ]]; then
     build_virtioblkd
+    # Here, and not in the time of the scenario.
+    [[ " ${WANTED[*]} " != *" dirty-log "* ]] || build_checked
 fi
 if [[ $HOST_TESTS == yes ]]; then
     ensure_rust

@@ -193,13 +193,11 @@ build_virtioblkd() {
         "$CARGO" build --release --manifest-path "$REPO_ROOT/Cargo.toml" || die "the build failed"
 }
 
-# build_checked: sets VIRTIOBLKD to a build with assertions, and with the switches that tests have in those.
-# VIRTIOBLKD_CHECKED=PATH is taken instead.
+# build_checked: VIRTIOBLKD_CHECKED, a build with assertions, and with the switches that tests have in those.
 build_checked() {
-    if [[ -z ${VIRTIOBLKD_CHECKED:-} ]]; then
-        ensure_rust
-        run_with_dots "building virtioblkd with assertions (cargo build --profile checked)" "$CACHE_DIR/build.log" \
-            "$CARGO" build --profile checked --manifest-path "$REPO_ROOT/Cargo.toml" || die "the build failed"
-    fi
-    VIRTIOBLKD=${VIRTIOBLKD_CHECKED:-$REPO_ROOT/target/checked/virtioblkd}
+    [[ -z ${VIRTIOBLKD_CHECKED:-} ]] || return 0
+    ensure_rust
+    run_with_dots "building virtioblkd with assertions (cargo build --profile checked)" "$CACHE_DIR/build.log" \
+        "$CARGO" build --profile checked --manifest-path "$REPO_ROOT/Cargo.toml" || die "the build failed"
+    export VIRTIOBLKD_CHECKED=$REPO_ROOT/target/checked/virtioblkd
 }
