@@ -33,11 +33,11 @@ fn never_completed(device: &mut Device, bufs: &[Buf]) {
     let ring = &mut device.queue(0).ring;
     ring.add(bufs, 0).unwrap();
     ring.publish();
-    let outcome = ring.wait_outcome(SOON).unwrap();
+    let outcome = ring.split().wait_outcome(SOON).unwrap();
     assert_eq!(outcome, Outcome::Broken, "the error file is signalled");
     let client = device.client().unwrap();
     assert!(client.closed_within(SOON).unwrap(), "the connection ends");
-    assert_eq!(device.queue(0).ring.pop_used_raw(), None);
+    assert_eq!(device.queue(0).ring.split().pop_used_raw(), None);
 }
 
 fn assert_said(rig: &mut Rig) {
@@ -298,7 +298,7 @@ fn huge_pages_that_run_out_end_the_vm_and_the_next_one_is_served() {
         let ring = &mut device.queue(0).ring;
         ring.add(&bufs, 0).unwrap();
         ring.publish();
-        match ring.wait_outcome(SOON).unwrap() {
+        match ring.split().wait_outcome(SOON).unwrap() {
             Outcome::Used { .. } => at += pages.size(),
             outcome => {
                 assert_eq!(outcome, Outcome::Broken);
