@@ -16,7 +16,7 @@ use vhost_user_frontend as frontend;
 
 use frontend::protocol::feature;
 use frontend::{Daemon, Device, DeviceOptions, Disk, Memory, Program, TempDir, process};
-use vm::{DISK, Log, QUEUE_SIZE, Vm, Vmm, specs};
+use vm::{DISK, Log, QUEUE_SIZE, Vm, Vmm, copy_of, specs};
 
 /// An overlay that writes must copy into, and what it shows.
 fn image(dir: &TempDir) -> (PathBuf, Vec<u8>) {
@@ -495,4 +495,45 @@ fn a_source_that_is_killed_while_it_hands_over_leaves_all_that_was_completed() {
             "{point}"
         );
     }
+}
+
+#[test]
+fn requests_in_flight_are_taken_along_to_the_target() {
+    let dir = TempDir::new();
+    let (image, contents) = image(&dir);
+    let mut vm = Vm::new(contents, 9);
+    let hosts = [Host::new(&image), Host::new(&image)];
+    let mut source = hosts[0].connect(&vm);
+    let mut region = source.new_inflight();
+    source.client.set_inflight_fd(&region).unwrap();
+    source.start(&mut vm, [0, 0], false).unwrap();
+    let mut taken_along = 0;
+    for trip in 1..=8 {
+        let target = hosts[trip % 2].connect(&vm);
+        let log = Log::new();
+        let copy = copy_while_running(&mut vm, &source, &log);
+        let bases = source.stop_undrained();
+        assert!(is_free(&image));
+        // What completed is shown; the rest is neither lost nor done.
+        vm.collect();
+        taken_along += vm.running();
+        vm.copy(log.take(), &copy);
+        let undefined = vm.in_flight_pages();
+        let stale = vm.stale(&copy).into_iter();
+        assert_eq!(
+            stale.filter(|p| !undefined.contains(p)).collect::<Vec<_>>(),
+            []
+        );
+        vm.move_to(copy);
+        region = copy_of(&region);
+        target.client.set_mem_table(&vm.memory).unwrap();
+        target.client.set_inflight_fd(&region).unwrap();
+        target.start(&mut vm, bases, false).unwrap();
+        vm.drain();
+        source = target;
+    }
+    assert!(taken_along > 0, "nothing was in flight");
+    vm.check_disk();
+    source.stop();
+    assert!(qemu_img(&["check", "-q"], &[&image]));
 }

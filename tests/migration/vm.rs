@@ -294,6 +294,13 @@ impl Vm {
         }
     }
 
+    /// Pages that requests in flight may be writing to: what is there is not defined before they complete.
+    pub fn in_flight_pages(&self) -> BTreeSet<u64> {
+        let running = self.slots.iter().filter(|slot| slot.running.is_some());
+        let pages = |slot: &Slot| (slot.data..slot.data + DATA_BYTES).step_by(PAGE as usize);
+        running.flat_map(pages).map(|at| at / PAGE).collect()
+    }
+
     /// Pages of a copy that are not what they should be.
     pub fn stale(&self, copy: &Memory) -> Vec<u64> {
         let differs = |page: &u64| {
@@ -325,6 +332,23 @@ impl Vm {
             assert_eq!(mapped, start.cast());
         }
         self.memory = memory;
+    }
+}
+
+/// What a VMM does with an inflight region that is to be at the target too.
+pub fn copy_of(region: &Inflight) -> Inflight {
+    let len = region.mmap_offset + region.mmap_size;
+    let copy = Region::new(RegionSpec::new(0, len)).unwrap();
+    let mut bytes = vec![0; len as usize];
+    let from = std::fs::File::from(region.fd.try_clone().unwrap());
+    std::os::unix::fs::FileExt::read_exact_at(&from, &mut bytes, 0).unwrap();
+    // SAFETY: a fresh mapping of this length, which nobody else has.
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), copy.host(0, len), bytes.len()) };
+    // SAFETY: the descriptor is open as long as the region lives.
+    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(copy.fd()) };
+    Inflight {
+        fd: fd.try_clone_to_owned().unwrap(),
+        ..*region
     }
 }
 
@@ -366,6 +390,7 @@ impl Log {
 pub struct Vmm {
     pub client: Client,
     features: u64,
+    protocol: u64,
 }
 
 impl Vmm {
@@ -384,7 +409,8 @@ impl Vmm {
             }
         };
         let usual = protocol_feature::USUAL & !protocol_feature::BACKEND_REQ;
-        let wanted = usual | protocol_feature::DEVICE_STATE;
+        let wanted =
+            usual | protocol_feature::DEVICE_STATE | protocol_feature::GET_VRING_BASE_SKIP_DRAIN;
         let protocol = client.get_protocol_features().unwrap() & wanted;
         client.set_protocol_features(protocol).unwrap();
         client.set_owner().unwrap();
@@ -392,7 +418,11 @@ impl Vmm {
         client.set_features(features).unwrap();
         assert_eq!(client.get_config(0, 60).unwrap().len(), 60);
         client.set_mem_table(&vm.memory).unwrap();
-        Self { client, features }
+        Self {
+            client,
+            features,
+            protocol,
+        }
     }
 
     /// Asks for an inflight region of this VM's shape.
@@ -434,6 +464,14 @@ impl Vmm {
             let addr = ring.vring_addr(flags);
             self.client.set_vring_addr(index as u32, &addr).unwrap();
         }
+    }
+
+    /// Stops the rings with what is in flight left to the target; where they would go on.
+    pub fn stop_undrained(&self) -> [u32; QUEUES] {
+        let bit = protocol_feature::GET_VRING_BASE_SKIP_DRAIN;
+        assert_ne!(self.protocol & bit, 0);
+        let stop = |index| self.client.get_vring_base_skip_drain(index as u32);
+        std::array::from_fn(|index| stop(index).unwrap())
     }
 
     /// Stops the rings; where they would go on.
