@@ -218,7 +218,7 @@ fn requests_into_regions_that_come_and_go_complete_in_them() {
         let region = frontend::memory::Region::new(plugged(round)).unwrap();
         device.client().unwrap().add_mem_reg(&region).unwrap();
         visitor.submit(&mut device, &region);
-        let ring = &device.queue(0).ring;
+        let ring = device.queue(0).ring.split();
         let done = ring.used_idx().wrapping_sub(ring.last_used());
         in_flight += u64::from(round % 3 < 2 && u64::from(done) < Visitor::READS);
         match round % 3 {

@@ -323,7 +323,7 @@ impl Attempt {
         Ok(all.into_iter().flatten().collect())
     }
 
-    fn prepared(&self, guests: &Guests) -> Result<Vec<(DiskState, Outgoing)>, UpgradeError> {
+    fn prepared(&self, guests: &Guests) -> Result<Vec<(Box<DiskState>, Outgoing)>, UpgradeError> {
         let what = "could not be written ahead, or its last message handled,";
         self.gather(guests, self.limit, what, |name, answer| match answer {
             Answer::Prepared(prepared) => {

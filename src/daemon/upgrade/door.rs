@@ -20,7 +20,7 @@ pub(super) enum Step {
 /// What a control thread has done.
 pub(super) enum Answer {
     /// It reads no more messages. Its rings still run.
-    Prepared(Result<(DiskState, Outgoing), String>),
+    Prepared(Result<(Box<DiskState>, Outgoing), String>),
     /// Its rings have stopped; when that began.
     Paused(Paused<String>, u64),
 }
@@ -96,6 +96,7 @@ fn take_part(
         return;
     }
     let prepared = prepare(name, listener, connection.as_ref());
+    let prepared = prepared.map(|(state, fds)| (Box::new(state), fds));
     if answers.send((*number, Answer::Prepared(prepared))).is_err() {
         return;
     }

@@ -15,7 +15,7 @@ pub(super) enum FromOld {
     /// First: what is served, with the descriptors of all image files.
     Hello(Hello),
     /// After `Ready`, once a disk: its sockets and its VMM. Its rings still run.
-    Disk(DiskState),
+    Disk(Box<DiskState>),
     /// After `Mapped`: all rings have stopped, here. The images are the successor's to take.
     Stopped(Stopped),
     /// After `Taken`: from here on only the successor serves.

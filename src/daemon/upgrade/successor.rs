@@ -108,7 +108,7 @@ impl Predecessor {
         kill_point!("upgrade-ready");
         self.say(&FromNew::Ready)?;
 
-        let mut states: HashMap<String, (DiskState, Incoming)> = HashMap::new();
+        let mut states: HashMap<String, (Box<DiskState>, Incoming)> = HashMap::new();
         for _ in &self.hello.disks {
             match self.channel.receive(None)? {
                 (FromOld::Disk(state), fds) => states.insert(state.name.clone(), (state, fds)),

@@ -460,9 +460,9 @@ const PLACES: &[&str] = &[
 #[test]
 fn a_kill_at_any_moment_loses_nothing_that_had_completed() {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
-    let wanted: u64 = number("VIRTIOBLKD_KILLS").unwrap_or(4_000);
-    let first: u64 = number("VIRTIOBLKD_KILL_SEED").unwrap_or(1);
-    let which = std::env::var("VIRTIOBLKD_KILL_KIND").unwrap_or_default();
+    let wanted: u64 = number("VIRTIOBLKD_JOURNAL_KILLS").unwrap_or(4_000);
+    let first: u64 = number("VIRTIOBLKD_JOURNAL_SEED").unwrap_or(1);
+    let which = std::env::var("VIRTIOBLKD_JOURNAL_KIND").unwrap_or_default();
     let kinds: Vec<&'static Kind> = kinds().filter(|kind| kind.name.contains(&which)).collect();
     let jobs = AtomicU64::new(0);
     let all = std::sync::Mutex::new(BTreeMap::<&'static str, u64>::new());
