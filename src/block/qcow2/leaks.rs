@@ -42,8 +42,9 @@ use crate::block::error::{Error, ErrorKind, Result};
 use crate::block::storage::Storage;
 use crate::reactor::{Epoch, Epochs, Io, IoConfig};
 
-/// Clusters that are given back at a time.
+/// Clusters that are given back at a time, and runs of them.
 const STEP: u64 = 4096;
+const MOST_RUNS: usize = 256;
 /// Runs that are remembered; what is beyond waits for the next time, or for `virtioblkd check -r leaks`.
 const MAX_RUNS: usize = 1 << 16;
 
@@ -237,12 +238,21 @@ async fn search(
 impl Qcow2 {
     /// Does a little of what there is to do for leaked clusters; to be called from a timer. Never long.
     pub(super) async fn give_leaks_back(&self, io: &Io) {
-        let Some(alloc) = &self.alloc else {
-            return;
-        };
+        let mut clusters = 0;
+        for _ in 0..MOST_RUNS {
+            match self.give_run_back(io).await {
+                Some(count) if clusters + count < STEP => clusters += count,
+                _ => return,
+            }
+        }
+    }
+
+    /// Gives one run back: how many clusters that were, or `None` if there is nothing to give back now.
+    async fn give_run_back(&self, io: &Io) -> Option<u64> {
+        let alloc = self.alloc.as_ref()?;
         let leaks = alloc.leaks();
         if leaks.cancelled.load(Ordering::SeqCst) || self.refuse_writes.load(Ordering::SeqCst) {
-            return;
+            return None;
         }
         let mut in_hand = {
             let mut state = lock(&leaks.state);
@@ -251,13 +261,13 @@ impl Qcow2 {
                     *state = State::Searching;
                     drop(state);
                     self.start_search(leaks);
-                    return;
+                    return None;
                 }
-                State::Searching | State::Done | State::Failed => return,
+                State::Searching | State::Done | State::Failed => return None,
                 State::Found(found) => {
                     let epoch = *found.epoch.get_or_insert_with(|| io.epochs().retire());
                     if !io.epochs().passed(epoch) {
-                        return;
+                        return None;
                     }
                     let Some(run) = found.runs.pop() else {
                         match (found.in_hand, found.more) {
@@ -265,7 +275,7 @@ impl Qcow2 {
                             (0, false) => *state = State::Done,
                             _ => {}
                         }
-                        return;
+                        return None;
                     };
                     if run.count > STEP {
                         let rest = Run::new(run.first + STEP, run.count - STEP);
@@ -280,14 +290,19 @@ impl Qcow2 {
             }
         };
         match give_back(alloc, io, &mut in_hand).await {
-            Ok(0) => {}
-            Ok(count) => log::debug!(
-                "{}: {count} clusters that a crash had leaked are free again",
-                self.header.path.display()
-            ),
+            Ok(count) => {
+                if count > 0 {
+                    log::debug!(
+                        "{}: {count} clusters that a crash had leaked are free again",
+                        self.header.path.display()
+                    );
+                }
+                Some(count)
+            }
             Err(error) => {
                 log::warn!("giving leaked clusters back: {error}");
                 *lock(&leaks.state) = State::Failed;
+                None
             }
         }
     }
