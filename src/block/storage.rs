@@ -5,6 +5,7 @@ use std::path::Path;
 use crate::reactor::{Io, Sg};
 
 use super::crypt::{self, CryptStorage};
+use super::disk::SECTOR;
 use super::error::Result;
 use super::file::{self, FileStorage};
 use super::null::NullStorage;
@@ -202,7 +203,9 @@ impl Storage {
     /// a write to a part of one at the end makes a file grow to its end: that is our own doing, and no other size.
     pub(super) fn len_known_as(&self, known: u64) -> u64 {
         let (len, align) = (self.len(), self.limits().io_align as u64);
-        match known > 0 && len == known.next_multiple_of(align) {
+        // What is no whole sector is not the disk's, and nobody writes there.
+        let last = known / SECTOR * SECTOR;
+        match last % align != 0 && len == last.next_multiple_of(align) {
             true => known,
             false => len,
         }

@@ -497,11 +497,14 @@ fn every_option_is_documented() {
 #[test]
 fn the_file_of_the_documentation_is_one() {
     let text = include_str!("../../docs/configuration.md");
-    let example = text
-        .split("```toml\n")
-        .nth(1)
-        .and_then(|rest| rest.split("```").next())
-        .unwrap();
-    let settings = file::from_text(Path::new("vm1.toml"), example).unwrap();
-    assert_eq!(settings.disks.len(), 2);
+    let examples = text.split("```toml\n").skip(1);
+    let examples = examples.filter_map(|rest| rest.split("```").next());
+    let disks = examples.map(|example| {
+        let settings = file::from_text(Path::new("vm1.toml"), example).unwrap();
+        settings.disks.len()
+    });
+    assert!(
+        disks.eq([1, 2]),
+        "the example of a service, and the whole one"
+    );
 }

@@ -12,7 +12,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use super::postcopy::protocol_features;
-use super::{BINDING_FEATURES, F_PROTOCOL_FEATURES, SESSION_FEATURES, Session, copied, refuse};
+use super::{BINDING_FEATURES, SESSION_FEATURES, Session, copied, refuse};
 use crate::vhost_user::rings::{Addresses, Kick, Ring};
 use crate::vhost_user::{config, memory, rings};
 
@@ -40,9 +40,9 @@ impl VhostUserBackendReqHandlerMut for Session {
             ring.reset();
         }
         self.status = 0;
-        // The driver negotiates anew (virtio 1.2, section 2.4); bit 30 is the VMM's, and stays as the connection
-        // does.
-        self.features &= F_PROTOCOL_FEATURES;
+        // The driver negotiates anew (virtio 1.2, section 2.4); bit 30 and LOG_ALL are the VMM's, and stay as the
+        // connection does.
+        self.features &= SESSION_FEATURES;
         self.features_refused = false;
         self.device.set_acked_features(0);
         Ok(())

@@ -118,7 +118,10 @@ fn a_reset_and_the_end_of_the_connection_let_the_region_go() {
     bench.device.calls();
     bench.set(Req::RESET_DEVICE, &[], &[]);
     // The image is given back with its journal; then that is let go.
-    assert_eq!(bench.device.calls(), [Asked::Reset, Asked::Journal(None)]);
+    assert_eq!(
+        bench.device.calls(),
+        [Asked::Reset, Asked::Journal(None), Asked::Features(0)]
+    );
     bench.device.starts();
     bench.start_ring(0, 0);
     assert!(bench.device.starts().pop().unwrap().inflight.is_none());

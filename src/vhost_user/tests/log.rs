@@ -144,7 +144,7 @@ fn the_log_ends_with_the_connection_and_not_with_a_reset() {
     set_log_base(&mut bench, LOG, 0, &memfd(LOG));
     features(&mut bench, ON);
     bench.set(Req::RESET_DEVICE, &[], &[]);
-    assert_eq!(bench.device.calls(), [Asked::Reset]);
+    assert_eq!(bench.device.calls(), [Asked::Reset, Asked::Features(0)]);
     let device = bench.device.clone();
     drop(bench);
     assert_eq!(device.calls(), [Asked::Reset, Asked::Log(false)]);
