@@ -133,7 +133,11 @@ impl Predecessor {
         kill_point!("upgrade-stopped");
         self.start_rings(&mut all, &stopped)?;
         kill_point!("upgrade-started");
-        self.say(&FromNew::Taken)?;
+        match self.channel.send(&FromNew::Taken, &[], None) {
+            // As below, where it is found out.
+            Ok(()) | Err(ChannelError::Closed) => {}
+            Err(error) => return Err(error.into()),
+        }
         match self.channel.receive(None) {
             Ok((FromOld::Go, _)) => {}
             Ok((message, _)) => return Err(unexpected(&message)),
