@@ -234,6 +234,9 @@ impl Session {
             }
             return Err(refuse(format!("ring {index} cannot start: {why}")));
         }
+        // Whoever starts a ring has given up a transfer that was not checked.
+        self.transfer = None;
+        self.tell_at_start();
         Ok(())
     }
 
@@ -288,7 +291,6 @@ impl Session {
             enabled,
             kept,
         });
-        self.tell_at_start();
         Ok(())
     }
 

@@ -270,6 +270,10 @@ impl Session {
         for index in 0..self.rings.len() {
             self.update_enabled(index).map_err(words)?;
         }
+        // Not before, and not of what it has been told: to the VMM no ring has started.
+        if self.rings.iter().any(Ring::is_running) {
+            self.tell_change();
+        }
         Ok(())
     }
 
