@@ -49,6 +49,11 @@ impl Log {
     }
 }
 
+/// Guest addresses below this have a bit in a log of `size` bytes.
+fn reach_of(size: u64) -> u64 {
+    size.saturating_mul(8).saturating_mul(LOG_PAGE)
+}
+
 /// The end of the highest region.
 fn end_of(memory: &GuestMemory) -> u64 {
     let end = |last: &crate::virtio::memory::Region| last.guest_addr.saturating_add(last.len);
@@ -64,14 +69,18 @@ impl Session {
     ) -> std::result::Result<(), String> {
         let file = fds.take(state.file).map_err(|error| error.to_string())?;
         let asked = VhostUserLog::new(state.len, state.offset);
-        self.use_log(&asked, file.into())
-            .map_err(|error| error.to_string())
+        self.adopt_log(&asked, file.into())
+            .map_err(|error| error.to_string())?;
+        // It was long enough when the VMM sent it; memory that was plugged since needs a bit only while the log
+        // is in use.
+        self.check_log(&self.memory);
+        Ok(())
     }
 
     /// `SET_LOG_BASE`. In effect before it is answered, if `LOG_ALL` is there already.
     pub(super) fn use_log(&mut self, asked: &VhostUserLog, file: File) -> Result<()> {
-        let (size, offset) = (asked.mmap_size, asked.mmap_offset);
-        let reaches = size.saturating_mul(8).saturating_mul(LOG_PAGE);
+        let size = asked.mmap_size;
+        let reaches = reach_of(size);
         let end = end_of(&self.memory);
         if reaches < end {
             return Err(refuse(format!(
@@ -79,6 +88,11 @@ impl Session {
                  {end:#x}: the migration would lose what is written there"
             )));
         }
+        self.adopt_log(asked, file)
+    }
+
+    fn adopt_log(&mut self, asked: &VhostUserLog, file: File) -> Result<()> {
+        let (size, offset) = (asked.mmap_size, asked.mmap_offset);
         let failed = |error| refuse(format!("the dirty log cannot be used: {error}"));
         let memory = SharedMemory::map(file, offset, size).map_err(failed)?;
         let bits = memory.part(0, memory.len());
@@ -87,7 +101,7 @@ impl Session {
         self.log.base = Some(Base {
             memory,
             log,
-            reaches,
+            reaches: reach_of(size),
         });
         self.log.in_use = false;
         self.update_log()
