@@ -7,10 +7,19 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// Which of the descriptors that came with a message.
 pub type FdNumber = u32;
+
+/// What may be none, and has to be said to be none: without this, serde takes a field that is missing for one.
+pub(crate) fn said<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    Option::deserialize(deserializer)
+}
 
 /// A connection with a VMM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,13 +47,18 @@ pub struct SessionState {
     pub write_cache: u8,
     pub memory: Vec<RegionState>,
     /// The inflight region.
+    #[serde(deserialize_with = "said")]
     pub inflight: Option<InflightState>,
     /// The memory of the dirty log.
+    #[serde(deserialize_with = "said")]
     pub log: Option<SharedState>,
     /// The back-end's channel.
+    #[serde(deserialize_with = "said")]
     pub channel: Option<ChannelState>,
     /// The capacity in bytes that the VMM has read on this connection, and that it was told of last.
+    #[serde(deserialize_with = "said")]
     pub capacity_read: Option<u64>,
+    #[serde(deserialize_with = "said")]
     pub capacity_told: Option<u64>,
     pub rings: Vec<RingState>,
 }
@@ -117,15 +131,22 @@ pub enum KickState {
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)] // They are the ring's fields.
 pub struct RingState {
+    #[serde(deserialize_with = "said")]
     pub size: Option<u16>,
     /// Descriptor table, available ring and used ring, in the VMM's addresses.
+    #[serde(deserialize_with = "said")]
     pub addresses: Option<[u64; 3]>,
     /// Where its used ring is in the dirty log.
+    #[serde(deserialize_with = "said")]
     pub used_log: Option<u64>,
+    #[serde(deserialize_with = "said")]
     pub base: Option<u32>,
     pub kick: KickState,
+    #[serde(deserialize_with = "said")]
     pub call: Option<FdNumber>,
+    #[serde(deserialize_with = "said")]
     pub err: Option<FdNumber>,
+    #[serde(deserialize_with = "said")]
     pub enabled: Option<bool>,
     pub running: bool,
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::vhost_user::Device;
-use crate::vhost_user::handover::{ConnectionState, FdNumber};
+use crate::vhost_user::handover::{ConnectionState, FdNumber, said};
 
 /// From the process that serves to its successor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,7 +57,9 @@ pub(super) struct DiskHello {
 #[serde(deny_unknown_fields)]
 pub(super) struct DiskState {
     pub name: String,
+    #[serde(deserialize_with = "said")]
     pub listener: Option<ListenerState>,
+    #[serde(deserialize_with = "said")]
     pub connection: Option<ConnectionState>,
 }
 
@@ -66,6 +68,7 @@ pub(super) struct DiskState {
 pub(super) struct ListenerState {
     pub sock: FdNumber,
     /// The socket file that was made for it, in bytes; none: the socket was given to us.
+    #[serde(deserialize_with = "said")]
     path: Option<Vec<u8>>,
 }
 
