@@ -4,22 +4,22 @@ use std::os::fd::OwnedFd;
 
 use super::*;
 
-const MIB: u64 = 1 << 20;
+pub(super) const MIB: u64 = 1 << 20;
 const CONFIG_CHANGE: u32 = 2;
 
 /// The VMM's end of the channel.
-struct Channel(Client);
+pub(super) struct Channel(Client);
 
 impl Channel {
     /// Opens it.
-    fn open(bench: &mut Bench) -> Self {
+    pub(super) fn open(bench: &mut Bench) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
         bench.set(Req::SET_BACKEND_REQ_FD, &[], &[theirs.as_raw_fd()]);
         Channel(Client { sock: ours })
     }
 
     /// The next message's flags, if one is there.
-    fn next(&mut self) -> Option<u32> {
+    pub(super) fn next(&mut self) -> Option<u32> {
         if self.0.is_silent() {
             return None;
         }
@@ -30,14 +30,23 @@ impl Channel {
         Some(word(4))
     }
 
-    fn answer(&mut self, value: u64) {
+    pub(super) fn answer(&mut self, value: u64) {
+        self.send(&Self::answer_of(value));
+    }
+
+    /// The bytes of an answer.
+    pub(super) fn answer_of(value: u64) -> Vec<u8> {
         let mut bytes = [CONFIG_CHANGE, 5, 8].map(u32::to_ne_bytes).concat();
         bytes.extend(value.to_ne_bytes());
-        self.0.sock.write_all(&bytes).unwrap();
+        bytes
+    }
+
+    pub(super) fn send(&mut self, bytes: &[u8]) {
+        self.0.sock.write_all(bytes).unwrap();
     }
 
     /// Whether the other side has closed its end, with whatever it sent still to be read.
-    fn is_hung_up(&self) -> bool {
+    pub(super) fn is_hung_up(&self) -> bool {
         crate::vhost_user::peek::hung_up(&self.0.sock)
     }
 
@@ -52,7 +61,7 @@ impl Channel {
     }
 }
 
-fn read_config(bench: &mut Bench, offset: u32, size: u32) {
+pub(super) fn read_config(bench: &mut Bench, offset: u32, size: u32) {
     let mut payload = [offset, size, 0].map(u32::to_ne_bytes).concat();
     payload.resize(12 + size as usize, 0);
     bench.client.send(Req::GET_CONFIG, 0, &payload, &[]);

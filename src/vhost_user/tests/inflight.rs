@@ -12,14 +12,14 @@ fn inflight(size: u64, offset: u64, queues: u16, queue_size: u16) -> Vec<u8> {
     payload
 }
 
-const LAYOUT: InflightLayout = InflightLayout {
+pub(super) const LAYOUT: InflightLayout = InflightLayout {
     queues: 4,
     queue_size: 128,
 };
 /// What the recording device wants for its journal.
-const JOURNAL: usize = 4096;
+pub(super) const JOURNAL: usize = 4096;
 
-fn get(bench: &mut Bench, queues: u16, queue_size: u16) -> (u64, File) {
+pub(super) fn get(bench: &mut Bench, queues: u16, queue_size: u16) -> (u64, File) {
     let payload = inflight(0, 0, queues, queue_size);
     bench.client.send(Req::GET_INFLIGHT_FD, 0, &payload, &[]);
     assert_eq!(bench.run().unwrap(), Progress::Idle);
@@ -33,7 +33,7 @@ fn get(bench: &mut Bench, queues: u16, queue_size: u16) -> (u64, File) {
     (word(0), file)
 }
 
-fn set(bench: &mut Bench, size: u64, file: &File) -> bool {
+pub(super) fn set(bench: &mut Bench, size: u64, file: &File) -> bool {
     let payload = inflight(size, 0, LAYOUT.queues, LAYOUT.queue_size);
     bench.try_set(Req::SET_INFLIGHT_FD, &payload, &[file.as_raw_fd()])
 }

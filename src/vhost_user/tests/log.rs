@@ -3,12 +3,12 @@
 use super::*;
 
 /// Bytes of a log for the test guest.
-const LOG: u64 = MEMORY_SIZE / 0x1000 / 8;
-const ON: u64 = FEATURES | BIT_30 | LOG_ALL;
-const OFF: u64 = FEATURES | BIT_30;
+pub(super) const LOG: u64 = MEMORY_SIZE / 0x1000 / 8;
+pub(super) const ON: u64 = FEATURES | BIT_30 | LOG_ALL;
+pub(super) const OFF: u64 = FEATURES | BIT_30;
 
 /// Payload of a SET_VRING_ADDR for ring `index` with its used ring logged at `log`.
-fn logged(index: u32, log: u64) -> Vec<u8> {
+pub(super) fn logged(index: u32, log: u64) -> Vec<u8> {
     let mut bytes = addresses(index, 0);
     bytes[4..8].copy_from_slice(&1u32.to_ne_bytes());
     bytes[32..40].copy_from_slice(&log.to_ne_bytes());
@@ -16,7 +16,7 @@ fn logged(index: u32, log: u64) -> Vec<u8> {
 }
 
 /// SET_LOG_BASE; the answer is the payload sent back.
-fn set_log_base(bench: &mut Bench, size: u64, offset: u64, file: &std::fs::File) {
+pub(super) fn set_log_base(bench: &mut Bench, size: u64, offset: u64, file: &std::fs::File) {
     let payload = words(&[size, offset]);
     bench
         .client
@@ -25,7 +25,7 @@ fn set_log_base(bench: &mut Bench, size: u64, offset: u64, file: &std::fs::File)
     assert_eq!(bench.client.reply(), (Req::SET_LOG_BASE as u32, payload));
 }
 
-fn features(bench: &mut Bench, features: u64) -> Vec<Asked> {
+pub(super) fn features(bench: &mut Bench, features: u64) -> Vec<Asked> {
     bench.set(Req::SET_FEATURES, &words(&[features]), &[]);
     let calls = bench.device.calls();
     let is_log = |call: &Asked| matches!(call, Asked::Log(_));

@@ -13,7 +13,7 @@ use crate::virtio::memory::GuestMemory;
 const UFFDIO_COPY: u64 = 0xc028_aa03;
 
 /// A connection on which postcopy was negotiated; none, with a word, where this process may not have it.
-fn bench() -> Option<Bench> {
+pub(super) fn bench() -> Option<Bench> {
     let mut bench = Bench::negotiated();
     if bench.get(Req::GET_PROTOCOL_FEATURES) & PAGEFAULT == 0 {
         println!("this process may not have a userfaultfd: nothing tested");
@@ -38,7 +38,7 @@ impl Bench {
     }
 
     /// `POSTCOPY_ADVISE` and `POSTCOPY_LISTEN`.
-    fn listen(&mut self) -> File {
+    pub(super) fn listen(&mut self) -> File {
         let userfault = self.advise().unwrap();
         self.set(Req::POSTCOPY_LISTEN, &[], &[]);
         userfault
@@ -56,7 +56,7 @@ impl Bench {
         answer[8..].chunks(32).map(region).collect()
     }
 
-    fn end(&mut self) {
+    pub(super) fn end(&mut self) {
         assert!(self.try_set(Req::POSTCOPY_END, &[], &[]));
     }
 }

@@ -5,18 +5,18 @@ use std::os::fd::OwnedFd;
 
 use super::*;
 
-const SAVE: u32 = 0;
-const LOAD: u32 = 1;
+pub(super) const SAVE: u32 = 0;
+pub(super) const LOAD: u32 = 1;
 
 /// A pipe: the end to read from, the end to write to.
-fn pipe() -> (File, File) {
+pub(super) fn pipe() -> (File, File) {
     let (reader, writer) = UnixStream::pair().unwrap();
     reader.shutdown(std::net::Shutdown::Write).unwrap();
     let file = |sock| File::from(OwnedFd::from(sock));
     (file(reader), file(writer))
 }
 
-fn begin(bench: &mut Bench, direction: u32, file: &File) -> u64 {
+pub(super) fn begin(bench: &mut Bench, direction: u32, file: &File) -> u64 {
     let payload = state(direction, 0);
     let fd = [file.as_raw_fd()];
     bench
