@@ -2,9 +2,15 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod crash;
+mod migration;
 #[path = "../differential/model.rs"]
 mod model;
+mod resize;
 mod rig;
+#[allow(dead_code)] // What else a VM can do, the tests of migrations use.
+#[path = "../migration/vm.rs"]
+mod vm;
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -37,19 +43,28 @@ fn make_overlay(dir: &TempDir, size: u64) -> Vec<u8> {
     contents
 }
 
+/// Two queues, of packed rings or of split ones.
+fn packed(packed: bool) -> DeviceOptions {
+    DeviceOptions {
+        packed,
+        ..options(2)
+    }
+}
+
 fn raw(dir: TempDir, size: u64, limit_ms: u64) -> Rig {
     std::fs::write(dir.join("disk"), vec![0; size as usize]).unwrap();
     let disk = Disk::new(dir.join("disk"), "raw");
     Rig::start(dir, &disk, limit_ms)
 }
 
-fn twenty_upgrades(dir: TempDir, disk: &Disk, contents: Vec<u8>) {
+fn twenty_upgrades(dir: TempDir, disk: &Disk, contents: Vec<u8>, options: DeviceOptions) {
     let format: &'static str = match disk.format.as_str() {
         "raw" => "raw",
         _ => "qcow2",
     };
     let mut rig = Rig::start(dir, disk, 60_000);
-    let mut device = rig.device(options(2));
+    let mut device = rig.device(options);
+    assert!(device.inflight().is_some());
     let mut load = Load::new(1, contents, 2);
     load.go(&mut device, 200);
     let watchman = Watchman::watch(&rig.image(), format);
@@ -89,7 +104,15 @@ fn twenty_upgrades_of_a_qcow2_overlay_under_load() {
     let dir = in_memory();
     let contents = make_overlay(&dir, 32 * MIB);
     let disk = Disk::new(dir.join("disk"), "qcow2").queues(2).workers(2);
-    twenty_upgrades(dir, &disk, contents);
+    twenty_upgrades(dir, &disk, contents, options(2));
+}
+
+#[test]
+fn twenty_upgrades_with_packed_rings_and_an_inflight_region() {
+    let dir = in_memory();
+    let contents = make_overlay(&dir, 32 * MIB);
+    let disk = Disk::new(dir.join("disk"), "qcow2").queues(2).workers(2);
+    twenty_upgrades(dir, &disk, contents, packed(true));
 }
 
 #[test]
@@ -97,7 +120,7 @@ fn twenty_upgrades_of_a_raw_file_under_load() {
     let dir = in_memory();
     std::fs::write(dir.join("disk"), vec![0; 16 << 20]).unwrap();
     let disk = Disk::new(dir.join("disk"), "raw").queues(2);
-    twenty_upgrades(dir, &disk, vec![0; 16 << 20]);
+    twenty_upgrades(dir, &disk, vec![0; 16 << 20], options(2));
 }
 
 #[test]

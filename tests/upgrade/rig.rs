@@ -24,7 +24,10 @@ pub const MIB: u64 = 1 << 20;
 
 /// A daemon and those that took its place.
 pub struct Rig {
+    /// The one that this test has started, while it serves.
     first: Option<Daemon>,
+    /// What it serves, unless it was started by hand.
+    disk: Option<Disk>,
     pub pid: u32,
     pub dir: TempDir,
 }
@@ -58,7 +61,82 @@ impl Rig {
         Self::write_start(&dir, limit_ms, "");
         let program = Program::Virtioblkd(dir.join("start"));
         let first = Daemon::start(&program, &disk, dir.path());
-        Self::of(dir, first)
+        let mut rig = Self::of(dir, first);
+        rig.disk = Some(disk);
+        rig
+    }
+
+    /// Kills the one that serves.
+    pub fn kill(&mut self) {
+        match &mut self.first {
+            Some(first) => first.kill(),
+            None => {
+                self.signal(libc::SIGKILL);
+                self.wait_killed(self.pid);
+            }
+        }
+    }
+
+    /// Waits for the end of a process that gets, or has got, a SIGKILL.
+    fn wait_killed(&self, pid: u32) {
+        let mut status = 0;
+        until("it is killed", || {
+            // SAFETY: `status` is writable.
+            let ended = unsafe { libc::waitpid(pid as i32, &mut status, libc::WNOHANG) };
+            assert!(ended >= 0, "{}", std::io::Error::last_os_error());
+            ended > 0
+        });
+        let signal = libc::WIFSIGNALED(status).then(|| libc::WTERMSIG(status));
+        assert_eq!(signal, Some(libc::SIGKILL), "{}", self.log());
+    }
+
+    /// Upgrades, while `step` goes on, to a process that is killed at the `count`th pass of a place in its source.
+    /// It has taken over when it comes there.
+    pub fn upgrade_to_one_that_dies(&mut self, point: &str, count: u32, mut step: impl FnMut()) {
+        const GOES_ON: &str = "upgrade: process ";
+        self.program(&New::With(&format!(
+            "VIRTIOBLKD_KILL_POINT={point}:{count}"
+        )));
+        self.signal(libc::SIGUSR2);
+        let started = std::time::Instant::now();
+        while !self.has_ended() {
+            assert!(started.elapsed() < SOON, "no upgrade\n{}", self.log());
+            step();
+        }
+        let log = self.log();
+        let said = log.rsplit(GOES_ON).next().unwrap();
+        let pid = said.split(' ').next().unwrap().parse().unwrap();
+        self.program(&New::Good);
+        self.first = None;
+        self.pid = pid;
+        let mut status: libc::siginfo_t;
+        loop {
+            // SAFETY: zeros are a valid value to be written to.
+            status = unsafe { std::mem::zeroed() };
+            let how = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+            // SAFETY: `status` is writable; the process stays to be waited for.
+            let result = unsafe { libc::waitid(libc::P_PID, pid, &mut status, how) };
+            assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+            // SAFETY: waitid has written it, or left the zeros.
+            if unsafe { status.si_pid() } != 0 {
+                break;
+            }
+            assert!(started.elapsed() < SOON, "it lives\n{}", self.log());
+            step();
+        }
+        self.wait_killed(pid);
+    }
+
+    /// Starts it again, with the command line of the first.
+    pub fn start_again(&mut self) {
+        let program = Program::Virtioblkd(self.dir.join("start"));
+        let disk = self.disk.as_ref().expect("not started by hand");
+        let daemon = Daemon::start(&program, disk, self.dir.path());
+        self.pid = daemon.pid();
+        self.first = Some(daemon);
+        until("the pid file is there", || {
+            self.pid_in_file() == Some(self.pid)
+        });
     }
 
     /// A daemon with `arguments`, started by a shell after `before`, which gets `fds` (ours, its).
@@ -111,6 +189,7 @@ impl Rig {
         let rig = Rig {
             pid: first.pid(),
             first: Some(first),
+            disk: None,
             dir,
         };
         rig.program(&New::Good);
@@ -347,6 +426,16 @@ impl Load {
         queue.release(done);
         self.completed += 1;
         true
+    }
+
+    /// Has requests in flight on every queue.
+    pub fn begin(&mut self, device: &mut Device) {
+        for queue in device.queues_mut() {
+            while queue.slots_taken() < DEPTH / 2 {
+                self.submit(queue);
+            }
+            queue.ring.publish();
+        }
     }
 
     /// Keeps every queue full and takes what is completed.
