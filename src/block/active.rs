@@ -90,7 +90,7 @@ impl ActiveDisk {
     /// When this process is killed, its rings end only when what they have under way has ended, and so does the
     /// lock of the files that are registered with them. So whoever holds the image's lock next finds that
     /// nothing of this process can happen any more: no write to the image, and no read, of a backing file
-    /// say, into the guest's memory.
+    /// say, into the guest's memory. A read-only disk is shared by its lock, which says nothing of that kind.
     pub fn join(&self, io: &Io) {
         self.layers[0].join(io);
     }

@@ -107,7 +107,8 @@ impl Disk {
                 return Ok(());
             }
             if ready.contains(&TOKEN_UPGRADE) {
-                self.door.answer(&self.name, listener, &mut connection);
+                self.door
+                    .answer(&self.name, &*self.device, listener, &mut connection);
             }
             watch.resume(ready.is_empty() && !more)?;
             if ready.contains(&TOKEN_REFRESH) {

@@ -267,6 +267,13 @@ impl BlkDevice {
     /// Starts a ring; the first one takes the image.
     pub fn start_ring(&self, index: u16, start: RingStart) -> Result<(), DeviceError> {
         let mut control = lock(&self.control);
+        if control.rings.is_empty() && control.active.is_some() {
+            // It could not be flushed when the last ring stopped. Once it can, it is taken afresh, with the journal
+            // that the VMM keeps now; until then it goes on as it is.
+            if let Err(error) = self.give_back(&mut control) {
+                warn!("{}: {error}", self.name());
+            }
+        }
         let disk = match &control.active {
             Some(disk) => disk.clone(),
             None => {

@@ -98,7 +98,7 @@ impl Marks {
         // A packed ring's elements are its descriptors, wherever its used ring is said to be; bit 15 of its
         // index is the wrap counter. Elements between two that were written may be marked as well.
         let (start, bytes, index) = match self.ring.packed {
-            false => (used + HEADER, USED_ELEMENT, 0xffff),
+            false => (used.saturating_add(HEADER), USED_ELEMENT, 0xffff),
             true => (self.ring.desc_table, DESCRIPTOR, 0x7fff),
         };
         let (first, end) = ((old & index) % size, (new & index) % size);

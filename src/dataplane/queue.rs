@@ -117,6 +117,11 @@ impl Queue {
         Ok(queue)
     }
 
+    /// Whether writes to guest memory are logged.
+    pub(super) fn is_logged(&self) -> bool {
+        self.marks.are_on()
+    }
+
     /// The disk that it serves.
     pub(super) fn disk(&self) -> &Arc<ActiveDisk> {
         &self.disk
@@ -166,7 +171,8 @@ impl Queue {
                 }
                 self.polled.set(file.is_none());
                 if let Some(file) = file {
-                    let watch = watch_kicks(self.io.clone(), IoFile::new(file), self.stats.clone());
+                    let kick = IoFile::without_slot(file);
+                    let watch = watch_kicks(self.io.clone(), kick, self.stats.clone());
                     self.kick.replace(Some(self.io.spawn(watch)));
                 }
             }

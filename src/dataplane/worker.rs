@@ -218,13 +218,14 @@ impl Worker {
             match command {
                 Command::Start { key, start, reply } => {
                     let (disk, eager) = (start.disk.clone(), start.log.is_some());
+                    let enabled = start.enabled;
                     disk.join(&self.io);
                     let started = Queue::start(key, &self.io, *start);
                     let _ = reply.send(started.map(|queue| {
                         self.queues.push(queue);
-                        self.housekeepers.entry(key.0).or_insert_with(|| {
-                            self.io.spawn(keep_house(self.io.clone(), disk, eager))
-                        });
+                        if enabled {
+                            self.begin_keeping_house(key.0, disk, eager);
+                        }
                     }));
                 }
                 Command::Stop { key, reply } => match self.find(key) {
@@ -278,6 +279,10 @@ impl Worker {
                 } => {
                     if let Some(queue) = self.find(key) {
                         queue.set_enabled(enabled);
+                        let (disk, eager) = (queue.disk().clone(), queue.is_logged());
+                        if enabled {
+                            self.begin_keeping_house(key.0, disk, eager);
+                        }
                     }
                     let _ = reply.send(());
                 }
@@ -305,6 +310,13 @@ impl Worker {
                 .io
                 .spawn(keep_house(self.io.clone(), disk, log.is_some()));
         }
+    }
+
+    /// Not before a ring is enabled: until then another process may be about to go on with the image.
+    fn begin_keeping_house(&mut self, device: u32, disk: Arc<ActiveDisk>, eager: bool) {
+        self.housekeepers
+            .entry(device)
+            .or_insert_with(|| self.io.spawn(keep_house(self.io.clone(), disk, eager)));
     }
 
     fn find(&self, key: (u32, u16)) -> Option<&Rc<Queue>> {

@@ -44,6 +44,15 @@ impl IoFile {
         }
     }
 
+    /// Takes a file over that is used now and then: it keeps no slot from others.
+    pub fn without_slot(file: File) -> Self {
+        Self {
+            file,
+            slot: None,
+            identity: NEXT_IDENTITY.fetch_add(1, Ordering::Relaxed),
+        }
+    }
+
     /// The file, for calls that do not go through a ring.
     pub fn get(&self) -> &File {
         &self.file

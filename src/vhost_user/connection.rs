@@ -305,7 +305,10 @@ impl Connection {
 
     /// Goes on in the process that has paused the rings. What goes wrong is logged.
     pub fn resume(&mut self, bases: &[(u16, u32)]) {
-        self.session().resume(bases);
+        if !self.session().resume(bases) {
+            // Seen as the end of the connection; what fails is closed already.
+            let _ = self.sock.shutdown(std::net::Shutdown::Both);
+        }
     }
 
     fn session(&self) -> MutexGuard<'_, Session> {

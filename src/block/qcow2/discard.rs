@@ -187,11 +187,12 @@ impl Qcow2 {
                 closed.push((n, self.records.close(index).await));
             }
         }
-        room.take_over(closed.len());
-        let mut closed = closed.into_iter().peekable();
         if mode == Unmap::Free {
             self.drop_data(io, &claim).await;
         }
+        // Behind the last await: who is dropped before leaves the records with what they were promised.
+        room.take_over(closed.len());
+        let mut closed = closed.into_iter().peekable();
         let mut freed = Freed::default();
         let new = |n: usize| {
             let old = claim.get(n);

@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::messages::{DiskState, ListenerState};
 use super::monotonic_ns;
 use crate::vhost_user::handover::Outgoing;
-use crate::vhost_user::{Connection, Listener, Paused};
+use crate::vhost_user::{Connection, Device, Listener, Paused};
 
 /// What the upgrade asks of a control thread after it has prepared itself.
 #[derive(Clone, Copy, Debug)]
@@ -70,12 +70,13 @@ impl Door {
     pub(in crate::daemon) fn answer(
         &self,
         name: &str,
+        device: &dyn Device,
         listener: Option<&Listener>,
         connection: &mut Option<Connection>,
     ) {
         let _ = self.wake.read();
         while let Ok(invitation) = self.invitations.try_recv() {
-            take_part(&invitation, name, listener, connection);
+            take_part(&invitation, name, device, listener, connection);
         }
     }
 }
@@ -83,6 +84,7 @@ impl Door {
 fn take_part(
     invitation: &Invitation,
     name: &str,
+    device: &dyn Device,
     listener: Option<&Listener>,
     connection: &mut Option<Connection>,
 ) {
@@ -95,7 +97,7 @@ fn take_part(
     if matches!(steps.try_recv(), Err(TryRecvError::Disconnected)) {
         return;
     }
-    let prepared = prepare(name, listener, connection.as_ref());
+    let prepared = prepare(name, device, listener, connection.as_ref());
     let prepared = prepared.map(|(state, fds)| (Box::new(state), fds));
     if answers.send((*number, Answer::Prepared(prepared))).is_err() {
         return;
@@ -106,10 +108,8 @@ fn take_part(
     let since = monotonic_ns();
     let paused = match connection {
         Some(connection) => connection.pause(),
-        None => Paused {
-            bases: Vec::new(),
-            image: Ok(()),
-        },
+        // An image that could not be flushed when its VMM left is still in use.
+        None => device.pause(&mut |_| ()),
     };
     let bases = paused.bases.clone();
     // Nobody listens if it has failed meanwhile.
@@ -117,12 +117,15 @@ fn take_part(
     while steps.recv().is_ok() {}
     if let Some(connection) = connection {
         connection.resume(&bases);
-        info!("{name}: goes on here");
+    } else {
+        device.resumed();
     }
+    info!("{name}: goes on here");
 }
 
 fn prepare(
     name: &str,
+    device: &dyn Device,
     listener: Option<&Listener>,
     connection: Option<&Connection>,
 ) -> Result<(DiskState, Outgoing), String> {
@@ -132,10 +135,8 @@ fn prepare(
         Ok::<_, String>(ListenerState::new(sock, listener.path()))
     });
     let listener = listener.transpose()?;
-    let connection = connection.map(|connection| {
-        connection.write_ahead()?;
-        connection.export(&mut fds)
-    });
+    device.write_ahead()?;
+    let connection = connection.map(|connection| connection.export(&mut fds));
     let state = DiskState {
         name: name.to_owned(),
         listener,

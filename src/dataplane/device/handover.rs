@@ -6,7 +6,7 @@ use std::os::fd::RawFd;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::RecvTimeoutError;
 
-use log::info;
+use log::{info, warn};
 
 use super::{BlkDevice, Command, Control, DeviceError, PROGRESS_EVERY, lock};
 
@@ -92,14 +92,22 @@ impl BlkDevice {
         Paused { bases, image }
     }
 
+    /// As [`BlkDevice::give_back`], but for the locks: an image that can not be flushed stays in use here, with
+    /// what is in memory only.
     fn give_back_locked(&self, control: &mut Control) -> Result<(), DeviceError> {
-        let Some(disk) = control.active.take() else {
+        let Some(disk) = &control.active else {
             return Ok(());
         };
         let io = self.control_io()?;
-        let result = io.block_on(disk.deactivate_locked(&io));
+        let flushed = io.block_on(disk.flush(&io));
+        if let Some(disk) = control.active.take_if(|_| flushed.is_ok()) {
+            if let Err(error) = io.block_on(disk.deactivate_locked(&io)) {
+                // All is durable, and the image consistent; space that was reserved may be lost to it.
+                warn!("{}: giving reserved space back: {error}", self.name());
+            }
+        }
         io.close();
-        Ok(result?)
+        Ok(flushed?)
     }
 
     /// The device was paused and is this process's again: if no ring runs, its image is unlocked.

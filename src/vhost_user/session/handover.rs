@@ -118,7 +118,10 @@ impl Session {
             notices,
             transfer,
         } = self;
-        if postcopy.is_some() || transfer.is_some() {
+        // What a VMM advises of before a migration that needs no postcopy in the end is never taken back. With
+        // memory in use it has no effect any more.
+        let waits = postcopy.is_some() && memory.regions().is_empty();
+        if waits || self.is_listening() || transfer.is_some() {
             return Err("the VM is being migrated: try again when that is over".to_owned());
         }
         let regions = memory.regions().iter().map(|region| {
@@ -226,13 +229,11 @@ impl Session {
         let mut progress = |in_flight: u32| {
             info!("{name}: waiting for {in_flight} requests in flight, to hand the disk over");
         };
-        let mut paused = match self.rings.iter().any(Ring::is_running) {
-            true => self.device.pause(&mut progress),
-            false => Paused {
-                bases: Vec::new(),
-                image: Ok(()),
-            },
-        };
+        let mut paused = self.device.pause(&mut progress);
+        if let Some(what) = self.lost_memory() {
+            // Requests may have ended without a word to the driver.
+            paused.image = Err(format!("{what} has lost its pages"));
+        }
         paused
             .bases
             .retain(|(index, _)| self.rings[usize::from(*index)].is_running());
@@ -277,11 +278,23 @@ impl Session {
         Ok(())
     }
 
-    /// Starts the rings again in the process that has paused them.
-    pub(in crate::vhost_user) fn resume(&mut self, bases: &[(u16, u32)]) {
-        if let Err(why) = self.start_paused(bases).and_then(|()| self.go_on()) {
-            error!("{}: after an upgrade that failed, {why}", self.name);
-        }
+    /// Starts the rings again in the process that has paused them. False if that can not be done: the connection
+    /// is to end then, so that the VMM begins anew.
+    pub(in crate::vhost_user) fn resume(&mut self, bases: &[(u16, u32)]) -> bool {
+        let started = self.start_paused(bases).and_then(|()| self.go_on());
         self.device.resumed();
+        let Err(why) = started else {
+            return true;
+        };
+        error!("{}: after an upgrade that failed, {why}", self.name);
+        for (index, base) in bases {
+            // Whoever asks where it stands hears where it stopped, not where it once began.
+            match self.rings.get_mut(usize::from(*index)) {
+                Some(ring) if !ring.is_running() => ring.base = Some(*base),
+                _ => {}
+            }
+        }
+        self.signal_errors();
+        false
     }
 }
