@@ -17,8 +17,8 @@ host() {
 
     for round in 1 2 3; do
         plugged=$(backend_mappings)
-        qmp add "object-add" "{\"qom-type\":\"memory-backend-memfd\",\"id\":\"m$round\",\"size\":268435456,\"share\":true}"
-        qmp plug "device_add" "{\"driver\":\"pc-dimm\",\"id\":\"d$round\",\"memdev\":\"m$round\"}"
+        qmp object-add "{\"qom-type\":\"memory-backend-memfd\",\"id\":\"m$round\",\"size\":268435456,\"share\":true}"
+        qmp device_add "{\"driver\":\"pc-dimm\",\"id\":\"d$round\",\"memdev\":\"m$round\"}"
         same "mappings of the backend with a DIMM more" $((plugged + 1)) "$(backend_mappings)"
         guest_says vm "USED $round" "$GUEST_TIMEOUT"
         if unplug "$round"; then
@@ -37,25 +37,18 @@ host() {
 # backend_mappings: regions of guest memory that the backend has mapped; nothing to count in another backend.
 backend_mappings() { grep -c 'memory-backend-memfd' "/proc/${BACKEND_PID[disk]}/maps" || true; }
 
-# qmp NAME COMMAND ARGUMENTS: one QMP command, which must succeed.
-qmp() {
-    QMP_COUNT=$((${QMP_COUNT:-0} + 1))
-    local id=$1-$QMP_COUNT
-    printf '{"execute":"%s","arguments":%s,"id":"%s"}\n' "$2" "$3" "$id" >&"${VM_QMP[vm]}"
-    wait_for_line "$RUN_DIR/vm.qmp" "\"id\": *\"$id\"" 30 "${VM_PID[vm]}" || fail "no answer to $2"
-    ! grep -a "\"id\": *\"$id\"" "$RUN_DIR/vm.qmp" | grep -q '"error"' ||
-        fail "$2: $(grep -a "\"id\": *\"$id\"" "$RUN_DIR/vm.qmp")"
-}
+# qmp COMMAND ARGUMENTS: which must succeed.
+qmp() { vm_qmp vm "$@" || fail "$1: $VM_ANSWER"; }
 
 # unplug ROUND: asks the guest for the DIMM, again if it says no; false if it keeps it.
 unplug() {
     local try deadline refusals=0
     for try in 1 2 3; do
-        qmp unplug "device_del" "{\"id\":\"d$1\"}"
+        qmp device_del "{\"id\":\"d$1\"}"
         deadline=$((SECONDS + 30))
         while ((SECONDS < deadline)); do
             if grep -aq "\"DEVICE_DELETED\".*\"device\": *\"d$1\"" "$RUN_DIR/vm.qmp"; then
-                qmp remove "object-del" "{\"id\":\"m$1\"}"
+                qmp object-del "{\"id\":\"m$1\"}"
                 return 0
             fi
             (($(grep -ac '"DEVICE_UNPLUG_GUEST_ERROR"' "$RUN_DIR/vm.qmp") == refusals)) || break
