@@ -270,3 +270,34 @@ fn connection_is_possible_again_at_once_after_the_end_of_the_last() {
     }
     assert_eq!(rig.device().capacity(), MIB);
 }
+
+#[test]
+fn full_disk_under_the_log_keeps_nobody_from_being_served() {
+    let dir = TempDir::new();
+    let image = dir.join("disk");
+    qemu::create(&image, "qcow2", 16 * MIB, "");
+    let socket = dir.join("s");
+    let mut shell = std::process::Command::new("sh");
+    shell
+        .args(["-c", "exec \"$@\" >/dev/full 2>&1", "sh"])
+        .arg(env!("CARGO_BIN_EXE_virtioblkd"))
+        .args(["--format", "qcow2", "--log-level", "trace", "--socket-path"])
+        .arg(&socket)
+        .arg("--blk-file")
+        .arg(&image);
+    let mut daemon = Daemon::spawn_command(&mut shell, &socket, dir.path());
+    daemon.wait_listening(SOON);
+    for round in 1..4 {
+        let mut device = Device::start(&socket, DeviceOptions::default()).unwrap();
+        device.write(0, &[round; 4096]).unwrap();
+        assert_eq!(device.read(0, 4096).unwrap(), [round; 4096]);
+        // Each is a line in the log: a request that fails, a client that is refused, a ring that stops.
+        let beyond = device.capacity() / 512;
+        assert!(device.write(beyond, &[1; 512]).is_err());
+        drop(Client::connect(&socket).unwrap());
+        device.shut_down().unwrap();
+    }
+    daemon.terminate();
+    assert!(daemon.log().is_empty());
+    qemu::check_clean(&image);
+}
