@@ -308,3 +308,6 @@ fn inherit(
         path,
     })
 }
+
+#[cfg(test)]
+mod tests;
