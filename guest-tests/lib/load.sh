@@ -128,13 +128,14 @@ load_files() {
 }
 
 # What no flush has made durable has to be there all the same when the backend was killed. Each pass goes to clusters
-# that nobody has written to.
+# that nobody has written to, for seven seconds: fio takes the smallest blocks for the rate, and the end has to wait
+# for the pass that runs.
 load_unflushed() {
     pass=0
     while [ ! -e /tmp/stop ]; do
         pass=$((pass + 1))
-        [ "$pass" -le 100 ] || fail "the disk without flushes is full"
-        fio --name=unflushed --filename=/dev/vdb --offset=$((pass * 8))M --size=8M --rw=randwrite --bsrange=4k-32k \
+        [ "$pass" -le 250 ] || fail "the disk without flushes is full"
+        fio --name=unflushed --filename=/dev/vdb --offset=$((pass * 4))M --size=4M --rw=randwrite --bsrange=4k-32k \
             --direct=1 --ioengine=libaio --iodepth=4 --rate_iops=300 --verify=crc32c --verify_fatal=1 \
             --verify_dump=0 --randseed="$pass" --eta=never --output-format=terse --output=/tmp/fio.unflushed ||
             fail "fio without flushes, pass $pass"
