@@ -175,6 +175,15 @@ struct Guests {
     answers: Receiver<(usize, Answer)>,
 }
 
+impl Guests {
+    fn step(&self, step: Step) {
+        for steps in &self.steps {
+            // A thread that has ended does not answer, which is seen then.
+            let _ = steps.send(step);
+        }
+    }
+}
+
 impl Attempt {
     /// Returns only if it fails; then the new process is gone, and the disks go on here.
     fn run(&self) -> Result<Infallible, UpgradeError> {
@@ -217,11 +226,11 @@ impl Attempt {
         }
         expect(channel, &FromNew::Mapped, self.limit)?;
 
+        guests.step(Step::WriteAhead);
+        self.written_ahead(guests)?;
+
         kill_point!("upgrade-before-pause");
-        for steps in &guests.steps {
-            // A thread that has ended does not answer, which is seen below.
-            let _ = steps.send(Step::Pause);
-        }
+        guests.step(Step::Pause);
         let stopped = self.paused(guests)?;
         let stopped = FromOld::Stopped(stopped);
         channel.send(&stopped, &[], self.deadline(PAUSE_LIMIT))?;
@@ -329,8 +338,18 @@ impl Attempt {
             Answer::Prepared(prepared) => {
                 prepared.map_err(|why| unfit(format!("disk {name}: {why}")))
             }
-            Answer::Paused(..) => Err(unfit(format!("disk {name} was paused too early"))),
+            _ => Err(unfit(format!("disk {name} answered out of turn"))),
         })
+    }
+
+    /// A second time: the new process has taken a while, and the guest has gone on writing.
+    fn written_ahead(&self, guests: &Guests) -> Result<(), UpgradeError> {
+        let what = "could not be written ahead";
+        self.gather(guests, self.limit, what, |name, answer| match answer {
+            Answer::WrittenAhead => Ok(()),
+            _ => Err(unfit(format!("disk {name} answered out of turn"))),
+        })?;
+        Ok(())
     }
 
     fn paused(&self, guests: &Guests) -> Result<Stopped, UpgradeError> {
@@ -343,7 +362,7 @@ impl Attempt {
                     Ok(()) => Ok((since, paused.bases)),
                     Err(why) => Err(unfit(format!("disk {name}: {why}"))),
                 },
-                Answer::Prepared(_) => Err(unfit(format!("disk {name} was prepared twice"))),
+                _ => Err(unfit(format!("disk {name} answered out of turn"))),
             },
         )?;
         let since_ns = paused.iter().map(|(since, _)| *since).min();

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 
-use log::info;
+use log::{debug, info};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::messages::{DiskState, ListenerState};
@@ -14,6 +14,8 @@ use crate::vhost_user::{Connection, Device, Listener, Paused};
 /// What the upgrade asks of a control thread after it has prepared itself.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Step {
+    /// Write what has gathered since it was prepared, so that little is left for the pause.
+    WriteAhead,
     Pause,
 }
 
@@ -21,6 +23,8 @@ pub(super) enum Step {
 pub(super) enum Answer {
     /// It reads no more messages. Its rings still run.
     Prepared(Result<(Box<DiskState>, Outgoing), String>),
+    /// Its rings still run.
+    WrittenAhead,
     /// Its rings have stopped; when that began.
     Paused(Paused<String>, u64),
 }
@@ -102,9 +106,21 @@ fn take_part(
     if answers.send((*number, Answer::Prepared(prepared))).is_err() {
         return;
     }
-    let Ok(Step::Pause) = steps.recv() else {
-        return;
-    };
+    loop {
+        match steps.recv() {
+            Ok(Step::WriteAhead) => {
+                // What cannot be written fails the pause.
+                if let Err(why) = device.write_ahead() {
+                    debug!("{name}: {why}");
+                }
+                if answers.send((*number, Answer::WrittenAhead)).is_err() {
+                    return;
+                }
+            }
+            Ok(Step::Pause) => break,
+            Err(_) => return,
+        }
+    }
     let since = monotonic_ns();
     let paused = match connection {
         Some(connection) => connection.pause(),
