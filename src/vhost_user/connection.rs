@@ -274,14 +274,6 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Writes while the rings run what would have to be written when they are paused.
-    ///
-    /// # Errors
-    /// The image cannot be written.
-    pub fn write_ahead(&self) -> Result<(), String> {
-        self.session().device().write_ahead()
-    }
-
     /// Stops the rings for another process, or for [`resume`](Connection::resume).
     pub fn pause(&mut self) -> Paused<String> {
         self.session().pause()

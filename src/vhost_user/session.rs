@@ -112,10 +112,6 @@ impl Session {
         }
     }
 
-    pub(super) fn device(&self) -> &dyn Device {
-        &*self.device
-    }
-
     pub(super) fn name(&self) -> &str {
         &self.name
     }
