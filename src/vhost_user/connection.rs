@@ -324,11 +324,7 @@ impl Connection {
             // The crate goes by the last SET_FEATURES, be it refused or without bit 30, which some
             // front-ends do not accept although they negotiate protocol features.
             Ok(FrontendReq::SET_VRING_ENABLE) => self.set_vring_enable(header),
-            // A descriptor to be signalled when something was marked, which nobody waits for: it is closed.
-            Ok(FrontendReq::SET_LOG_FD) => {
-                self.take(header)?;
-                self.acknowledge(header, Ok(()))
-            }
+            Ok(FrontendReq::SET_LOG_FD) => self.set_log_fd(header),
             // The crate's end of the channel cannot say what we have to say.
             Ok(FrontendReq::SET_BACKEND_REQ_FD) => self.set_channel(header),
             Ok(request) if is_carried(request) => self.hand_over(header),
@@ -461,6 +457,19 @@ impl Connection {
                 why: error.to_string(),
             }),
         }
+    }
+
+    /// A descriptor to be signalled when something was marked, which nobody waits for: it is closed.
+    fn set_log_fd(&mut self, header: &Header) -> Result<(), ConnectionError> {
+        let (payload, fds) =
+            peek::take_with_fds(&self.sock, header).map_err(socket_error("recvmsg"))?;
+        if !payload.is_empty() || fds.len() != 1 {
+            return Err(ConnectionError::Protocol {
+                request: header.name(),
+                source: vhost_user::Error::IncorrectFds,
+            });
+        }
+        self.acknowledge(header, Ok(()))
     }
 
     fn set_channel(&mut self, header: &Header) -> Result<(), ConnectionError> {

@@ -56,7 +56,17 @@ impl Connection {
     }
 
     pub(super) fn postcopy(&mut self, header: &Header) -> Result<(), ConnectionError> {
-        match FrontendReq::try_from(header.request) {
+        let request = FrontendReq::try_from(header.request);
+        let is_step = matches!(
+            request,
+            Ok(FrontendReq::POSTCOPY_ADVISE
+                | FrontendReq::POSTCOPY_LISTEN
+                | FrontendReq::POSTCOPY_END)
+        );
+        if is_step && header.size != 0 {
+            return Err(malformed(header));
+        }
+        match request {
             Ok(FrontendReq::POSTCOPY_ADVISE) => {
                 self.take(header)?;
                 let advised = self.session().postcopy_advise();
