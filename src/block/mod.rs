@@ -18,6 +18,7 @@ mod handed;
 pub mod layer;
 pub mod lock;
 pub mod null;
+pub mod nvme_tcp;
 pub mod qcow2;
 #[cfg(test)]
 pub mod sim;
