@@ -5,9 +5,14 @@
 //! lost. All that blocks is done there. The workers do nothing but I/O: each has one queue, that is one TCP
 //! connection, for each path, which the path's thread hands to it ready for use ([`link`]).
 //!
-//! Sections cited are those of the NVM Express TCP Transport Specification 1.0 ("TCP"), of the Base Specification
-//! 2.0 ("Base") and of the NVM Command Set Specification 1.0 ("NVM").
+//! [`wire`] encodes and decodes what the specifications lay down in bytes. [`machine`] is the host's side
+//! of one connected I/O queue as a state machine without I/O: bytes in, bytes out, ends of commands out.
+//!
+//! Sections are cited as "TCP 3.3.2.1" (NVM Express TCP Transport Specification, revision 1.0),
+//! "Base 3.3.3.1" (NVM Express Base Specification, revision 2.0 unless another is named) and
+//! "NVM 4.1.5" (NVM Command Set Specification, revision 1.0).
 
 pub mod link;
 pub mod machine;
 pub mod spec;
+pub mod wire;
