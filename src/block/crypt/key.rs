@@ -58,13 +58,31 @@ pub struct Key {
 }
 
 impl Key {
+    /// Reads what is at `source`.
+    ///
+    /// # Errors
+    /// Those of reading; [`ErrorKind::InvalidImage`] for a key that is empty or longer than 64 KiB.
+    pub(in crate::block) fn read(source: &KeySource) -> Result<Self> {
+        load(source, None)
+    }
+
     /// Where it came from, for messages.
-    pub(super) fn origin(&self) -> &str {
+    pub(in crate::block) fn origin(&self) -> &str {
         &self.origin
     }
 
-    pub(super) fn secret(&self) -> &[u8] {
+    pub(in crate::block) fn secret(&self) -> &[u8] {
         self.secret.bytes()
+    }
+
+    /// For a key that was read from a descriptor: its number, and a pipe with the key.
+    pub(in crate::block) fn descriptor(&self) -> Option<io::Result<(RawFd, File)>> {
+        let from = self.from.as_ref()?;
+        Some(pipe().and_then(|(reader, mut writer)| {
+            // A pipe has room for more than any key has, unless its user has too many pipes.
+            writer.write_all(self.secret())?;
+            Ok((from.as_raw_fd(), reader))
+        }))
     }
 }
 
@@ -78,7 +96,10 @@ impl Keys {
     /// # Errors
     /// Those of reading; [`ErrorKind::InvalidImage`] for a key that is empty or longer than 64 KiB.
     pub fn load(specs: &[KeySpec]) -> Result<Self> {
-        specs.iter().map(load).collect::<Result<_>>().map(Self)
+        let keys = specs
+            .iter()
+            .map(|spec| load(&spec.source, spec.image.clone()));
+        keys.collect::<Result<_>>().map(Self)
     }
 
     /// The key of an image: its own, else the one for all.
@@ -99,18 +120,7 @@ impl Keys {
     /// # Errors
     /// No more pipes are to be had.
     pub fn descriptors(&self) -> io::Result<Vec<(RawFd, File)>> {
-        let given = self
-            .0
-            .iter()
-            .filter_map(|key| Some((key, key.from.as_ref()?)));
-        given
-            .map(|(key, from)| {
-                let (reader, mut writer) = pipe()?;
-                // A pipe has room for more than any key has, unless its user has too many pipes.
-                writer.write_all(key.secret())?;
-                Ok((from.as_raw_fd(), reader))
-            })
-            .collect()
+        self.0.iter().filter_map(Key::descriptor).collect()
     }
 
     /// True if there is none.
@@ -119,11 +129,11 @@ impl Keys {
     }
 }
 
-fn load(spec: &KeySpec) -> Result<Key> {
-    let origin = spec.source.to_string();
+fn load(source: &KeySource, image: Option<PathBuf>) -> Result<Key> {
+    let origin = source.to_string();
     let path = Path::new(&origin);
     let read = |from: &mut dyn Read| Secret::new(|memory| fill(from, memory));
-    let secret = match &spec.source {
+    let secret = match source {
         KeySource::File(path) => File::open(path).and_then(|mut file| {
             let mode = file.metadata()?.mode();
             if mode & 0o044 != 0 {
@@ -143,10 +153,10 @@ fn load(spec: &KeySpec) -> Result<Key> {
         MAX_SECRET.. => "the key has 64 KiB or more, which is no passphrase",
         _ => {
             return Ok(Key {
-                image: spec.image.clone(),
+                image,
                 origin,
                 secret,
-                from: match &spec.source {
+                from: match source {
                     KeySource::Fd(file) => Some(file.clone()),
                     _ => None,
                 },

@@ -18,6 +18,7 @@ pub mod storage;
 mod tests;
 
 pub use cipher::SectorCipher;
+pub(in crate::block) use key::Key;
 pub use key::{KeySource, KeySpec, Keys};
 pub use luks::Unlocked;
 pub use storage::CryptStorage;

@@ -12,7 +12,10 @@
 //! "Base 3.3.3.1" (NVM Express Base Specification, revision 2.0 unless another is named) and
 //! "NVM 4.1.5" (NVM Command Set Specification, revision 1.0).
 
+pub mod auth;
 pub mod link;
 pub mod machine;
+pub mod secret;
 pub mod spec;
+pub mod tls;
 pub mod wire;
