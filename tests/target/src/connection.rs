@@ -1,0 +1,545 @@
+//! One connection: its thread, the framing of PDUs and what they are handed to.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::admin::Admin;
+use crate::build::{self, Completion, Format};
+use crate::controller::Controller;
+use crate::io_queue::{IoQueue, Transfer};
+use crate::link::{Link, Mail};
+use crate::options::TransportOptions;
+use crate::output::Output;
+use crate::status::Status;
+use crate::stream::Stream;
+use crate::sync::Locked;
+use crate::target::{Port, Shared};
+use crate::wire::{FatalErrorStatus, Sqe, op, pdu, u16_at, u32_at};
+
+/// Bytes that wait for a host that does not read before its commands wait as well.
+const OUTPUT_LIMIT: usize = 8 << 20;
+/// In-capsule data of the admin queue (transport specification, section 3.3.1.1 footnote: 8,192 bytes).
+const ADMIN_IN_CAPSULE: usize = 8192;
+
+/// Why a connection ends.
+pub(crate) enum End {
+    /// With C2HTermReq: the status and its information.
+    Terminate(FatalErrorStatus, u32),
+    /// Without a word.
+    Close,
+}
+
+pub(crate) type Flow = Result<(), End>;
+
+#[derive(PartialEq, Eq)]
+enum Phase {
+    /// ICReq is to come.
+    Initialize,
+    /// Commands are taken.
+    Open,
+    /// Nothing is taken any more; what waits is sent, and then the stream ends.
+    Closing(Instant),
+}
+
+/// The queue that Connect has made of a connection.
+pub(crate) struct Queue {
+    pub controller: Arc<Controller>,
+    pub id: u16,
+    /// Entries.
+    pub size: u32,
+    /// The head pointer that completions tell; none: the host has switched flow control off.
+    pub head: Option<u16>,
+    /// Commands that are not completed, a bit each: to notice what a host must not do.
+    pub outstanding: Box<[u64; 1024]>,
+    pub outstanding_count: u32,
+}
+
+pub(crate) struct Connection {
+    pub shared: Arc<Shared>,
+    pub port: Arc<Port>,
+    pub link: Arc<Link>,
+    stream: Stream,
+    input: Vec<u8>,
+    /// What of `input` is filled and not yet consumed.
+    filled: std::ops::Range<usize>,
+    pub out: Output,
+    pub transport: TransportOptions,
+    pub format: Format,
+    pub max_r2t: u32,
+    phase: Phase,
+    pub queue: Option<Queue>,
+    pub admin: Admin,
+    pub io: IoQueue,
+    pub transfers: HashMap<u16, Transfer>,
+}
+
+impl Connection {
+    pub fn new(shared: Arc<Shared>, port: Arc<Port>, link: Arc<Link>, socket: TcpStream) -> Self {
+        let transport = port.transport();
+        Self {
+            shared,
+            port,
+            link,
+            stream: Stream::Plain(socket),
+            // The largest PDU fits as a whole.
+            input: vec![0; (512 << 10).max(transport.max_h2c_data as usize + (64 << 10))],
+            filled: 0..0,
+            out: Output::default(),
+            transport,
+            format: Format::default(),
+            max_r2t: 1,
+            phase: Phase::Initialize,
+            queue: None,
+            admin: Admin::default(),
+            io: IoQueue::default(),
+            transfers: HashMap::new(),
+        }
+    }
+
+    /// Serves the connection until it ends.
+    pub fn run(&mut self) {
+        let result = self.serve();
+        if let Err(e) = result {
+            self.shared
+                .note(format_args!("connection {}: {e}", self.link.id));
+        }
+        self.leave();
+    }
+
+    fn leave(&mut self) {
+        if let Some(queue) = self.queue.take() {
+            queue.controller.links.locked().remove(&queue.id);
+            // Without its admin queue an association is over (base specification, section 3.3.1.1).
+            if queue.id == 0 {
+                queue.controller.shut_down();
+                self.shared.association_ended();
+            }
+        }
+        self.stream.finish();
+    }
+
+    fn serve(&mut self) -> io::Result<()> {
+        loop {
+            if self.shared.stopping() {
+                return Ok(());
+            }
+            if let Some(mail) = self.link.collect() {
+                for m in mail {
+                    self.on_mail(m);
+                }
+            }
+            if !self.on_timers() {
+                return Ok(());
+            }
+            self.consume();
+            self.out.flush(&mut self.stream)?;
+            if let Phase::Closing(until) = self.phase {
+                if self.out.pending() == 0 {
+                    self.stream.finish();
+                }
+                if Instant::now() >= until {
+                    return Ok(());
+                }
+            }
+            if !self.wait_and_read()? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Waits for the socket, the bell or a timer, and reads what there is; false at the end of the stream.
+    fn wait_and_read(&mut self) -> io::Result<bool> {
+        let mut interest = 0;
+        if self.out.pending() < OUTPUT_LIMIT {
+            interest |= libc::POLLIN;
+        }
+        if self.out.pending() > 0 {
+            interest |= libc::POLLOUT;
+        }
+        let mut fds = [
+            libc::pollfd {
+                fd: self.stream.fd(),
+                events: interest,
+                revents: 0,
+            },
+            libc::pollfd {
+                fd: self.link.bell_fd(),
+                events: libc::POLLIN,
+                revents: 0,
+            },
+        ];
+        let timeout = self.next_deadline().map_or(-1, |at| {
+            // Rounded up, so that the timer has passed when the wait ends.
+            at.saturating_duration_since(Instant::now())
+                .as_micros()
+                .div_ceil(1000)
+                .min(60_000) as i32
+        });
+        // SAFETY: two initialized entries.
+        if unsafe { libc::poll(fds.as_mut_ptr(), 2, timeout) } < 0 {
+            let e = io::Error::last_os_error();
+            return if e.kind() == io::ErrorKind::Interrupted {
+                Ok(true)
+            } else {
+                Err(e)
+            };
+        }
+        if fds[0].revents & (libc::POLLIN | libc::POLLERR | libc::POLLHUP) == 0 {
+            return Ok(true);
+        }
+        if self.filled.start > 0 {
+            self.input.copy_within(self.filled.clone(), 0);
+            self.filled = 0..self.filled.len();
+        }
+        if self.filled.end == self.input.len() {
+            // Full of commands that wait for room in the output.
+            return Ok(true);
+        }
+        match self.stream.read(&mut self.input[self.filled.end..]) {
+            Ok(0) => Ok(false),
+            Ok(n) => {
+                self.filled.end += n;
+                Ok(true)
+            }
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) =>
+            {
+                Ok(true)
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let closing = match self.phase {
+            Phase::Closing(until) => Some(until),
+            _ => None,
+        };
+        let keep_alive = self
+            .admin_controller()
+            .and_then(|c| c.keep_alive_deadline());
+        [closing, keep_alive].into_iter().flatten().min()
+    }
+
+    fn admin_controller(&self) -> Option<&Arc<Controller>> {
+        self.queue
+            .as_ref()
+            .filter(|q| q.id == 0)
+            .map(|q| &q.controller)
+    }
+
+    /// Runs what is due; false if the connection is to end.
+    fn on_timers(&mut self) -> bool {
+        if let Some(controller) = self.admin_controller() {
+            if controller
+                .keep_alive_deadline()
+                .is_some_and(|at| Instant::now() >= at)
+            {
+                self.shared.note(format_args!(
+                    "controller {}: keep-alive timer expired",
+                    controller.id
+                ));
+                self.shared.counters.keep_alive_expired();
+                controller.registers.locked().fatal = true;
+                return false;
+            }
+        }
+        true
+    }
+
+    fn on_mail(&mut self, mail: Mail) {
+        match mail {
+            Mail::Complete { cid, status } => self.complete(cid, status, 0),
+            Mail::Events => self.fire_events(),
+            Mail::Terminate(fes) => self.end(End::Terminate(fes, 0), &[]),
+        }
+    }
+
+    /// Hands all PDUs that are there as a whole to their handlers.
+    fn consume(&mut self) {
+        let input = std::mem::take(&mut self.input);
+        while self.out.pending() < OUTPUT_LIMIT {
+            if matches!(self.phase, Phase::Closing(_)) {
+                self.filled = 0..0;
+                break;
+            }
+            let rest = &input[self.filled.clone()];
+            let len = match self.frame(rest) {
+                Ok(Some(len)) => len,
+                Ok(None) => break,
+                Err(end) => {
+                    self.end(end, &rest[..rest.len().min(pdu::SHORT_HLEN)]);
+                    continue;
+                }
+            };
+            self.filled.start += len;
+            if let Err(end) = self.on_pdu(&rest[..len]) {
+                let hlen = usize::from(rest[2]).clamp(pdu::COMMON, len.min(128));
+                self.end(end, &rest[..hlen]);
+            }
+        }
+        self.input = input;
+    }
+
+    fn end(&mut self, end: End, header: &[u8]) {
+        if let End::Terminate(fes, fei) = end {
+            self.shared
+                .violation(format_args!("connection {}: {fes:?} ({fei})", self.link.id));
+            build::c2h_term_req(&mut self.out.buf, fes, fei, header);
+        }
+        // The host has time to read what was said before the stream is reset.
+        self.phase = Phase::Closing(Instant::now() + Duration::from_millis(500));
+    }
+
+    fn in_capsule(&self) -> usize {
+        match &self.queue {
+            Some(q) if q.id != 0 => q.controller.options.in_capsule as usize,
+            _ => ADMIN_IN_CAPSULE,
+        }
+    }
+
+    /// The length of the first PDU if it is there as a whole. Its common header is checked here.
+    fn frame(&self, b: &[u8]) -> Result<Option<usize>, End> {
+        if b.len() < pdu::COMMON {
+            return Ok(None);
+        }
+        let bad = |at: u32| End::Terminate(FatalErrorStatus::InvalidHeaderField, at);
+        let (kind, hlen, plen) = (b[0], usize::from(b[2]), u32_at(b, 4) as usize);
+        // Two digests and the padding that PDO can hold.
+        const SLACK: usize = 256 + 2 * pdu::DIGEST;
+        let (want_hlen, max_plen) = match kind {
+            pdu::IC_REQ => (pdu::IC_LEN, pdu::IC_LEN),
+            pdu::CAPSULE_CMD => (pdu::CMD_HLEN, pdu::CMD_HLEN + self.in_capsule() + SLACK),
+            pdu::H2C_DATA => (
+                pdu::SHORT_HLEN,
+                self.transport.max_h2c_data as usize + SLACK,
+            ),
+            pdu::H2C_TERM_REQ => (pdu::SHORT_HLEN, pdu::SHORT_HLEN + 128),
+            _ => return Err(bad(0)),
+        };
+        if hlen != want_hlen {
+            return Err(bad(2));
+        }
+        if plen < hlen || plen > max_plen {
+            return Err(bad(4));
+        }
+        if (kind == pdu::IC_REQ) != (self.phase == Phase::Initialize) {
+            return Err(End::Terminate(FatalErrorStatus::SequenceError, 0));
+        }
+        Ok((b.len() >= plen).then_some(plen))
+    }
+
+    fn on_pdu(&mut self, b: &[u8]) -> Flow {
+        let kind = b[0];
+        match kind {
+            pdu::IC_REQ => return self.on_ic_req(b),
+            pdu::H2C_TERM_REQ => {
+                let (fes, fei) = (u16_at(b, 8), u32_at(b, 10));
+                self.shared.counters.host_terminated();
+                self.shared.note(format_args!(
+                    "connection {}: H2CTermReq {fes} ({fei})",
+                    self.link.id
+                ));
+                return Err(End::Close);
+            }
+            _ => {}
+        }
+        let bad = |at: u32| End::Terminate(FatalErrorStatus::InvalidHeaderField, at);
+        let (flags, hlen, pdo) = (b[1], usize::from(b[2]), usize::from(b[3]));
+        if (flags & pdu::HDGSTF != 0) != self.format.hdgst {
+            return Err(bad(1));
+        }
+        let mut header_end = hlen;
+        if self.format.hdgst {
+            header_end += pdu::DIGEST;
+            if b.len() < header_end {
+                return Err(bad(4));
+            }
+            let told = u32_at(b, hlen);
+            if crc32c::crc32c(&b[..hlen]) != told {
+                return Err(End::Terminate(FatalErrorStatus::HeaderDigest, told));
+            }
+        }
+        let data = if b.len() == header_end {
+            &[][..]
+        } else {
+            let align = (usize::from(self.transport.cpda) + 1) * 4;
+            if pdo < header_end || pdo > b.len() || pdo % align != 0 {
+                return Err(bad(3));
+            }
+            &b[pdo..]
+        };
+        let (data, digest) = match (self.format.ddgst, data.len()) {
+            (_, 0) | (false, _) => (data, None),
+            (true, n) if n <= pdu::DIGEST => return Err(bad(4)),
+            (true, n) => (
+                &data[..n - pdu::DIGEST],
+                Some(u32_at(data, n - pdu::DIGEST)),
+            ),
+        };
+        if !data.is_empty() && (flags & pdu::DDGSTF != 0) != self.format.ddgst {
+            return Err(bad(1));
+        }
+        // A wrong data digest fails the command, not the connection (transport specification, section 3.3.1.2).
+        let intact = digest.is_none_or(|d| crc32c::crc32c(data) == d);
+        if !intact {
+            self.shared.violation(format_args!(
+                "connection {}: a data digest does not match",
+                self.link.id
+            ));
+        }
+        if kind == pdu::H2C_DATA {
+            return self.on_h2c_data(b, data, intact);
+        }
+        let mut sqe = Sqe([0; 64]);
+        sqe.0.copy_from_slice(&b[pdu::COMMON..pdu::CMD_HLEN]);
+        self.on_command(sqe, data, intact)
+    }
+
+    fn on_ic_req(&mut self, b: &[u8]) -> Flow {
+        let (pfv, hpda, digests, max_r2t) = (u16_at(b, 8), b[10], b[11], u32_at(b, 12));
+        let unsupported = |at: u32| End::Terminate(FatalErrorStatus::UnsupportedParameter, at);
+        if b[1] != 0 || b[3] != 0 || b[16..].iter().any(|&x| x != 0) {
+            self.shared.violation(format_args!(
+                "connection {}: ICReq has reserved bits set",
+                self.link.id
+            ));
+        }
+        if pfv != 0 {
+            return Err(unsupported(8));
+        }
+        if hpda > 31 {
+            return Err(End::Terminate(FatalErrorStatus::InvalidHeaderField, 10));
+        }
+        let t = &self.transport;
+        if t.require_header_digest && digests & 1 == 0 || t.require_data_digest && digests & 2 == 0
+        {
+            return Err(unsupported(11));
+        }
+        self.format = Format {
+            hdgst: digests & 1 != 0 && (t.header_digest || t.require_header_digest),
+            ddgst: digests & 2 != 0 && (t.data_digest || t.require_data_digest),
+            host_align: (usize::from(hpda) + 1) * 4,
+        };
+        // MAXR2T is zero-based.
+        self.max_r2t = t.max_r2t.clamp(1, max_r2t.saturating_add(1));
+        let granted = u8::from(self.format.hdgst) | u8::from(self.format.ddgst) << 1;
+        let resp = build::ic_resp(0, t.cpda, granted, t.max_h2c_data);
+        self.out.buf.extend_from_slice(&resp);
+        self.phase = Phase::Open;
+        Ok(())
+    }
+
+    fn on_command(&mut self, sqe: Sqe, data: &[u8], intact: bool) -> Flow {
+        let Some(queue) = &mut self.queue else {
+            if sqe.opcode() != op::FABRICS || sqe.fctype() != op::CONNECT {
+                self.bare_completion(sqe.cid(), Status::COMMAND_SEQUENCE_ERROR.dnr());
+                return Ok(());
+            }
+            return self.on_connect(sqe, data);
+        };
+        let qid = queue.id;
+        if let Some(head) = &mut queue.head {
+            *head = ((u32::from(*head) + 1) % queue.size) as u16;
+        }
+        let (word, bit) = (usize::from(sqe.cid() >> 6), 1u64 << (sqe.cid() & 63));
+        let mut wrong = None;
+        if queue.outstanding[word] & bit != 0 {
+            wrong = Some("a command identifier is used twice");
+        } else {
+            queue.outstanding[word] |= bit;
+            queue.outstanding_count += 1;
+            if queue.outstanding_count >= queue.size {
+                wrong = Some("more commands than the queue has room for");
+            }
+        }
+        // PSDT: fabrics use SGLs only (base specification, section 3.3.3.1).
+        if sqe.u8(1) & 0xc3 != 0x40 && sqe.opcode() != op::FABRICS {
+            wrong = Some("PSDT is not 01b, or FUSE is not 0");
+        }
+        if let Some(wrong) = wrong {
+            let opcode = sqe.opcode();
+            self.shared.violation(format_args!(
+                "connection {} queue {qid} command {} ({opcode:#04x}): {wrong}",
+                self.link.id,
+                sqe.cid()
+            ));
+        }
+        if !intact {
+            self.complete(sqe.cid(), Status::TRANSIENT_TRANSPORT_ERROR, 0);
+            return Ok(());
+        }
+        if qid == 0 {
+            self.on_admin_command(sqe, data)
+        } else {
+            self.on_io_command(sqe, data)
+        }
+    }
+
+    /// Answers a command with a status and dwords 0 and 1, and takes it off the queue.
+    pub fn complete(&mut self, cid: u16, status: Status, result: u64) {
+        let head = self.retire(cid);
+        let qid = self.queue.as_ref().map_or(0, |q| q.id);
+        let completion = Completion {
+            cid,
+            status,
+            result,
+            sqhd: head,
+        };
+        self.format
+            .capsule_resp(&mut self.out.buf, &completion, qid);
+    }
+
+    /// Takes a command off the queue: the head pointer that its completion tells.
+    pub fn retire(&mut self, cid: u16) -> u16 {
+        let Some(queue) = &mut self.queue else {
+            return 0;
+        };
+        let (word, bit) = (usize::from(cid >> 6), 1u64 << (cid & 63));
+        if queue.outstanding[word] & bit != 0 {
+            queue.outstanding[word] &= !bit;
+            queue.outstanding_count -= 1;
+        }
+        queue.head.unwrap_or(0xffff)
+    }
+
+    /// A completion outside of any queue.
+    pub fn bare_completion(&mut self, cid: u16, status: Status) {
+        let completion = Completion {
+            cid,
+            status,
+            result: 0,
+            sqhd: 0,
+        };
+        self.format.capsule_resp(&mut self.out.buf, &completion, 0);
+    }
+
+    /// Answers a command that reads with its data.
+    pub fn complete_with(&mut self, cid: u16, data: &[u8], status: Status, result: u64) {
+        if status.is_success() && !data.is_empty() {
+            let size = (self.transport.c2h_size.max(4) & !3) as usize;
+            let mut offset = 0;
+            for part in data.chunks(size) {
+                let last = offset + part.len() == data.len();
+                let flags = if last { pdu::LAST } else { 0 };
+                self.format.c2h_data(
+                    &mut self.out.buf,
+                    cid,
+                    offset as u32,
+                    part.len() as u32,
+                    flags,
+                );
+                self.out.buf.extend_from_slice(part);
+                self.format.data_digest(&mut self.out.buf, part.len());
+                offset += part.len();
+            }
+        }
+        self.complete(cid, status, result);
+    }
+}
