@@ -18,4 +18,5 @@ pub mod machine;
 pub mod secret;
 pub mod spec;
 pub mod tls;
+pub mod uri;
 pub mod wire;
