@@ -9,6 +9,8 @@ use super::disk::SECTOR;
 use super::error::{Error, ErrorKind, Result};
 use super::layer::{Layer, requests_ended};
 use super::lock::Role;
+use super::nvme_tcp::link::Namespace;
+use super::nvme_tcp::remote;
 use super::spec::{CacheMode, DiskSpec};
 use super::stack::read_chain;
 use super::storage::Storage;
@@ -52,6 +54,8 @@ impl Drop for Locks {
 pub struct ActiveDisk {
     /// Top first; never empty.
     layers: Vec<Layer>,
+    /// Those of the layers that are remote.
+    namespaces: Vec<Arc<Namespace>>,
     size: AtomicU64,
     /// Held by who changes the size.
     resizing: async_lock::Mutex<()>,
@@ -62,9 +66,16 @@ pub struct ActiveDisk {
 }
 
 impl ActiveDisk {
-    pub(super) fn new(layers: Vec<Layer>, locks: Locks, size: u64, spec: &DiskSpec) -> Self {
+    pub(super) fn new(
+        layers: Vec<Layer>,
+        namespaces: Vec<Arc<Namespace>>,
+        locks: Locks,
+        size: u64,
+        spec: &DiskSpec,
+    ) -> Self {
         Self {
             layers,
+            namespaces,
             size: AtomicU64::new(size),
             resizing: async_lock::Mutex::new(()),
             read_only: spec.read_only,
@@ -258,15 +269,18 @@ impl ActiveDisk {
         resized
     }
 
-    /// Looks whether another program has changed the size of the file or block device whose bytes are the
+    /// Looks whether another program has changed the size of the file, block device or namespace whose bytes are the
     /// disk's, takes the size that it has now, and returns it: whole sectors, 0 if there is none. Requests that
     /// end beyond a smaller size are refused from then on, and those that began before are waited for. A qcow2
     /// image is locked, and keeps its size. Not to be called from a request.
     ///
     /// # Errors
-    /// The file does not tell its size. Nothing has changed then.
+    /// The file does not tell its size, or a namespace of the disk has gone. Nothing has changed then.
     pub async fn refresh(&self, io: &Io) -> Result<u64> {
         let _one = self.resizing.lock().await;
+        self.namespaces
+            .iter()
+            .try_for_each(|namespace| remote::look_at(namespace))?;
         let top = &self.layers[0];
         let outside = top.size_outside()?;
         let size = outside / SECTOR * SECTOR;

@@ -14,6 +14,9 @@ use super::data_file::{self, DataFile};
 use super::error::{Error, ErrorKind, Result};
 use super::file::{FileOptions, FileStorage};
 use super::null::NullStorage;
+use super::nvme_tcp::link::Namespace;
+use super::nvme_tcp::remote::{self, Remote};
+use super::nvme_tcp::uri;
 use super::qcow2::{BackingName, Header};
 use super::spec::{CacheMode, DiskSpec, Format, Source};
 use super::storage::Storage;
@@ -25,6 +28,8 @@ pub const MAX_DEPTH: usize = 256;
 #[derive(Debug)]
 pub(super) struct Link {
     pub(super) storage: Arc<Storage>,
+    /// What that is, if it is remote.
+    pub(super) remote: Option<Arc<Namespace>>,
     pub(super) format: Format,
     /// The name it was opened by: relative names in it start from here.
     pub(super) named: PathBuf,
@@ -60,6 +65,13 @@ impl Link {
         is_it(&self.storage) || self.data.as_ref().is_some_and(|data| is_it(&data.storage))
     }
 
+    /// True if it is this namespace, by whichever name and path.
+    fn is_namespace(&self, other: &Namespace) -> bool {
+        let identity = |namespace: &Namespace| namespace.geometry().identity;
+        let own = self.remote.as_deref().map(identity);
+        own == Some(identity(other))
+    }
+
     /// True if its names still lead to the files that are open, or if that cannot be told.
     pub(super) fn is_current(&self) -> bool {
         let leads_to = |named: &Path, storage: &Storage| {
@@ -86,6 +98,9 @@ impl Link {
 
     /// Reads the headers again.
     pub(super) async fn reread(&self, io: &Io, keys: &Keys) -> Result<Now> {
+        if let Some(namespace) = &self.remote {
+            remote::check_present(namespace)?;
+        }
         self.storage.refresh()?;
         self.data_storage().refresh()?;
         let mut now = Now {
@@ -131,13 +146,28 @@ async fn unlock(
     Ok(Some(key))
 }
 
-/// Opens the image of `spec` and what it names, top first. Headers are read, nothing is locked.
-pub(super) async fn open(io: &Io, spec: &DiskSpec, keys: &Keys) -> Result<Vec<Link>> {
+/// Opens the image of `spec` and what it names, top first. Headers are read, nothing is locked. A namespace that one
+/// of `known` is connected to is not connected again.
+pub(super) async fn open(
+    io: &Io,
+    spec: &DiskSpec,
+    keys: &Keys,
+    known: &[Link],
+) -> Result<Vec<Link>> {
     let top = match &spec.source {
         Source::Null { size } => {
             let storage = Storage::Null(NullStorage::new(*size, spec.read_only));
             let name = PathBuf::from(NullStorage::NAME);
-            return Ok(vec![link(io, storage, Format::Raw, name, keys).await?]);
+            return Ok(vec![
+                link(io, storage.into(), Format::Raw, name, keys).await?,
+            ]);
+        }
+        Source::Nvme(uri) => {
+            let remote = remote::open_top(uri, spec, known_namespace(known, uri))?;
+            let name = PathBuf::from(uri.to_string());
+            return Ok(vec![
+                link(io, remote.into(), spec.format, name, keys).await?,
+            ]);
         }
         Source::File { path } => path,
     };
@@ -145,7 +175,7 @@ pub(super) async fn open(io: &Io, spec: &DiskSpec, keys: &Keys) -> Result<Vec<Li
     let storage = open_top(top, spec)?;
     // Whatever becomes the working directory, the name leads to the same place.
     let named = std::path::absolute(top).unwrap_or_else(|_| top.clone());
-    let mut links: Vec<Link> = vec![link(io, storage, spec.format, named, keys).await?];
+    let mut links: Vec<Link> = vec![link(io, storage.into(), spec.format, named, keys).await?];
     data_file::open(&mut links, spec, &allowed)?;
     while let Some(Link {
         named,
@@ -154,13 +184,6 @@ pub(super) async fn open(io: &Io, spec: &DiskSpec, keys: &Keys) -> Result<Vec<Li
     }) = links.last()
     {
         let format = backing_format(named, backing)?;
-        let name = beside(named, "backing file", &backing.name)?;
-        let real =
-            std::fs::canonicalize(&name).map_err(|error| missing(&links, backing, &name, error))?;
-        let is_allowed = |real: &Path| allowed.iter().any(|root| real.starts_with(root));
-        if !is_allowed(&real) {
-            return Err(not_allowed(named, "backing file", &backing.name, &real));
-        }
         if links.len() == MAX_DEPTH {
             let message = format!(
                 "more than {MAX_DEPTH} images in a chain of backing files; `qemu-img commit` or \
@@ -168,37 +191,122 @@ pub(super) async fn open(io: &Io, spec: &DiskSpec, keys: &Keys) -> Result<Vec<Li
             );
             return Err(Error::image(ErrorKind::Unsupported, top, None, message));
         }
-        let options = FileOptions {
-            read_only: true,
-            direct: spec.backing_cache == CacheMode::None,
+        let (opened, name) = match uri::is_remote(&backing.name) {
+            true => open_namespace(spec, &links, backing, known)?,
+            false => open_file(spec, &links, backing, &allowed)?,
         };
-        let storage = FileStorage::open_with(&real, options, &spec.handed)?;
-        // A link may have been put in the way since the name was looked up.
-        if let Some(opened) = storage.real_path().filter(|opened| !is_allowed(opened)) {
-            return Err(not_allowed(named, "backing file", &backing.name, &opened));
-        }
-        if links.iter().any(|other| other.holds(storage.identity())) {
-            let message = format!(
-                "a loop of backing files: {} → {}",
-                names(&links),
-                name.display()
-            );
-            return Err(Error::image(ErrorKind::InvalidImage, top, None, message));
-        }
-        let next = link(io, Storage::File(storage), format, name, keys).await?;
+        let next = link(io, opened, format, name, keys).await?;
         links.push(next);
         data_file::open(&mut links, spec, &allowed)?;
     }
     Ok(links)
 }
 
+/// Opens the file that the last of `links` names as its backing file.
+fn open_file(
+    spec: &DiskSpec,
+    links: &[Link],
+    backing: &BackingName,
+    allowed: &[PathBuf],
+) -> Result<(Opened, PathBuf)> {
+    let named = links.last().map_or(Path::new(""), |link| &link.named);
+    let name = beside(named, "backing file", &backing.name)?;
+    let real =
+        std::fs::canonicalize(&name).map_err(|error| missing(links, backing, &name, error))?;
+    let is_allowed = |real: &Path| allowed.iter().any(|root| real.starts_with(root));
+    if !is_allowed(&real) {
+        return Err(not_allowed(named, "backing file", &backing.name, &real));
+    }
+    let options = FileOptions {
+        read_only: true,
+        direct: spec.backing_cache == CacheMode::None,
+    };
+    let storage = FileStorage::open_with(&real, options, &spec.handed)?;
+    // A link may have been put in the way since the name was looked up.
+    if let Some(opened) = storage.real_path().filter(|opened| !is_allowed(opened)) {
+        return Err(not_allowed(named, "backing file", &backing.name, &opened));
+    }
+    if links.iter().any(|other| other.holds(storage.identity())) {
+        return Err(a_loop(links, &name));
+    }
+    Ok((Storage::File(storage).into(), name))
+}
+
+/// Connects the namespace that the last of `links` names as its backing file, unless one of `known` is connected to
+/// it.
+fn open_namespace(
+    spec: &DiskSpec,
+    links: &[Link],
+    backing: &BackingName,
+    known: &[Link],
+) -> Result<(Opened, PathBuf)> {
+    let image = links.last().map_or(Path::new(""), |link| &link.named);
+    let uri = remote::backing_uri(image, &backing.name, &spec.allow_remote)?;
+    let name = PathBuf::from(uri.to_string());
+    let remote = remote::open_backing(image, &uri, spec, known_namespace(known, &uri))?;
+    if links
+        .iter()
+        .any(|link| link.is_namespace(&remote.namespace))
+    {
+        return Err(a_loop(links, &name));
+    }
+    Ok((remote.into(), name))
+}
+
+/// The namespace of this name, if a chain has it open.
+fn known_namespace(known: &[Link], uri: &uri::Uri) -> Option<Remote> {
+    known.iter().find_map(|link| {
+        let namespace = link.remote.as_ref()?;
+        let is_it = namespace.spec().uri() == *uri && remote::check_present(namespace).is_ok();
+        is_it.then(|| Remote {
+            storage: link.storage.clone(),
+            namespace: namespace.clone(),
+        })
+    })
+}
+
+fn a_loop(links: &[Link], name: &Path) -> Error {
+    let top = links.first().map_or(Path::new(""), |link| &link.named);
+    let message = format!(
+        "a loop of backing files: {} → {}",
+        names(links),
+        name.display()
+    );
+    Error::image(ErrorKind::InvalidImage, top, None, message)
+}
+
+/// What a link is made of.
+struct Opened {
+    storage: Arc<Storage>,
+    remote: Option<Arc<Namespace>>,
+}
+
+impl From<Storage> for Opened {
+    fn from(storage: Storage) -> Self {
+        Self {
+            storage: Arc::new(storage),
+            remote: None,
+        }
+    }
+}
+
+impl From<Remote> for Opened {
+    fn from(remote: Remote) -> Self {
+        Self {
+            storage: remote.storage,
+            remote: Some(remote.namespace),
+        }
+    }
+}
+
 async fn link(
     io: &Io,
-    storage: Storage,
+    opened: Opened,
     format: Format,
     named: PathBuf,
     keys: &Keys,
 ) -> Result<Link> {
+    let Opened { storage, remote } = opened;
     let header = match format {
         Format::Qcow2 => Some(Header::read(io, &storage).await?),
         Format::Raw | Format::Luks => None,
@@ -218,7 +326,8 @@ async fn link(
         }
     };
     Ok(Link {
-        storage: Arc::new(storage),
+        storage,
+        remote,
         format,
         named,
         backing,
@@ -369,6 +478,11 @@ pub(super) fn beside(image: &Path, what: &str, name: &str) -> Result<PathBuf> {
     }
     if name.is_empty() || name.contains('\0') {
         return refuse(format!("its {what}'s name {name:?} is none"));
+    }
+    if image.to_str().is_some_and(uri::is_remote) && !name.starts_with('/') {
+        return refuse(format!(
+            "its {what} {name:?} is beside it, and a namespace has no folder; name it by its whole path"
+        ));
     }
     Ok(image.parent().unwrap_or(Path::new("")).join(name))
 }

@@ -7,14 +7,19 @@ mod chain_tests;
 #[cfg(test)]
 mod data_file_tests;
 #[cfg(test)]
+mod remote_tests;
+#[cfg(test)]
 mod resize_tests;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod write_tests;
 
-use std::sync::Arc;
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::reactor::Io;
 use crate::shared_memory::SharedPart;
@@ -26,6 +31,7 @@ use super::crypt::{CryptStorage, Keys, Unlocked};
 use super::error::{Error, ErrorKind, Result};
 use super::layer::{Layer, Raw};
 use super::lock::Role;
+use super::nvme_tcp::remote;
 use super::qcow2::{self, Qcow2};
 pub use super::spec::{CacheMode, DiskSpec, Format, Source};
 use super::storage::Storage;
@@ -63,6 +69,8 @@ pub struct Disk {
     links: Vec<Link>,
     /// As it was when somebody looked last.
     size: AtomicU64,
+    /// Signalled when a namespace has changed.
+    outside: Mutex<Option<EventFd>>,
 }
 
 impl Disk {
@@ -73,13 +81,15 @@ impl Disk {
     pub async fn open(io: &Io, mut spec: DiskSpec) -> Result<Self> {
         // A descriptor is read once, and then closed.
         let keys = Keys::load(&std::mem::take(&mut spec.keys))?;
-        let links = chain::open(io, &spec, &keys).await?;
+        spec.nvme = Arc::new(spec.nvme.read_secrets()?);
+        let links = chain::open(io, &spec, &keys, &[]).await?;
         let size = capacity(&links)?;
         Ok(Self {
             spec,
             keys,
             links,
             size: AtomicU64::new(size),
+            outside: Mutex::new(None),
         })
     }
 
@@ -99,6 +109,9 @@ impl Disk {
     /// # Errors
     /// As [`Disk::open`]. The size stays what it was then.
     pub async fn refresh(&self, io: &Io) -> Result<u64> {
+        for namespace in self.links.iter().filter_map(|link| link.remote.as_ref()) {
+            remote::look_at(namespace)?;
+        }
         let size = match self.links.first() {
             Some(top) if top.is_current() => {
                 let now = top.reread(io, &self.keys).await?;
@@ -109,7 +122,7 @@ impl Disk {
                 };
                 rounded(top.storage.path(), size)?
             }
-            _ => capacity(&chain::open(io, &self.spec, &self.keys).await?)?,
+            _ => capacity(&chain::open(io, &self.spec, &self.keys, &self.links).await?)?,
         };
         self.set_size(size);
         Ok(size)
@@ -153,12 +166,55 @@ impl Disk {
     }
 
     /// Descriptors for a process that reads the same configuration as this one, each with the number that it is
-    /// to have there: the keys that were given by descriptor, to be read once more.
+    /// to have there: the keys and secrets that were given by descriptor, to be read once more.
     ///
     /// # Errors
     /// No more pipes are to be had.
-    pub fn descriptors(&self) -> std::io::Result<Vec<(std::os::fd::RawFd, std::fs::File)>> {
-        self.keys.descriptors()
+    pub fn descriptors(&self) -> io::Result<Vec<(std::os::fd::RawFd, std::fs::File)>> {
+        let mut all = self.keys.descriptors()?;
+        all.extend(self.spec.nvme.descriptors()?);
+        Ok(all)
+    }
+
+    /// From now on `event` is signalled when a remote namespace of the disk has another size or another state: it is
+    /// time for [`Disk::refresh`], or [`ActiveDisk::refresh`] while the disk is active. Of files nobody tells.
+    ///
+    /// # Errors
+    /// Too many files are open.
+    pub fn on_outside_change(&self, event: EventFd) -> io::Result<()> {
+        *self.outside.lock().unwrap_or_else(PoisonError::into_inner) = Some(event.try_clone()?);
+        self.watch(&self.links)?;
+        // What has changed since the disk was opened was told to nobody.
+        let top = self.links.first().and_then(|link| link.remote.as_ref());
+        if top.is_some_and(|namespace| namespace.bytes() / SECTOR * SECTOR != self.size()) {
+            event.write(1)?;
+        }
+        Ok(())
+    }
+
+    fn watch(&self, links: &[Link]) -> io::Result<()> {
+        let outside = self.outside.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(event) = &*outside {
+            for namespace in links.iter().filter_map(|link| link.remote.as_ref()) {
+                namespace.on_change(event.try_clone()?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Who the namespace is that the disk's bytes are in, whatever it is called; none: they are in a file.
+    pub fn remote_identity(&self) -> Option<[u8; 16]> {
+        let namespace = self.links.first()?.remote.as_ref()?;
+        Some(namespace.geometry().identity)
+    }
+
+    /// The logical block, in bytes, that suits the guest best: a remote namespace's own. Of files one of 512, which
+    /// does not change with where a file is.
+    pub fn block_size(&self) -> u32 {
+        match self.remote_identity() {
+            Some(_) => self.limits().logical_block,
+            None => SECTOR as u32,
+        }
     }
 
     /// What the guest should know.
@@ -167,7 +223,10 @@ impl Disk {
             return DiskLimits::default();
         };
         let below = top.data_storage().limits();
-        let device = matches!(&*top.storage, Storage::File(file) if file.is_device());
+        let device = match &*top.storage {
+            Storage::File(file) => file.is_device(),
+            _ => top.remote.is_some(),
+        };
         // A file's alignment is not the guest's business: it would change with where the file is.
         let logical_block = match device && top.format != Format::Qcow2 {
             true => below.logical_block,
@@ -198,6 +257,9 @@ impl Disk {
     /// One line for the log: `qcow2 a.qcow2 (O_DIRECT) over raw b.img (page cache)`.
     pub fn describe(&self) -> String {
         let one = |link: &Link| {
+            if link.remote.is_some() {
+                return format!("{} {}", link.format, link.named.display());
+            }
             let how = match &*link.storage {
                 Storage::File(file) if file.direct() => " (O_DIRECT)",
                 Storage::File(_) => " (page cache)",
@@ -248,7 +310,9 @@ impl Disk {
         }
         drop(locks);
         // Somebody has put other files in place, or rebased, since they were opened.
-        let links = chain::open(io, &self.spec, &self.keys).await?;
+        let links = chain::open(io, &self.spec, &self.keys, &self.links).await?;
+        self.watch(&links)
+            .map_err(|error| Error::io(links[0].storage.path(), "watch it", None, error))?;
         let locks = lock(&links, self.spec.read_only)?;
         let Some(now) = current(io, &links, &self.keys).await? else {
             let path = links[0].storage.path();
@@ -309,7 +373,12 @@ impl Disk {
         }
         let size = whole_sectors(&layers[0])?;
         self.set_size(size);
-        let disk = Arc::new(ActiveDisk::new(layers, locks, size, &self.spec));
+        let namespaces = links
+            .iter()
+            .filter_map(|link| link.remote.clone())
+            .collect();
+        let disk = ActiveDisk::new(layers, namespaces, locks, size, &self.spec);
+        let disk = Arc::new(disk);
         disk.fill_ahead_by_tasks();
         Ok(disk)
     }

@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use super::crypt::KeySpec;
 use super::handed::HandedFiles;
+use super::nvme_tcp::spec::NvmeOptions;
+use super::nvme_tcp::uri::{Allowed, Uri};
 use super::qcow2::OnDirty;
 
 /// How an image's bytes make a disk.
@@ -52,6 +54,8 @@ pub enum Source {
         /// Its name.
         path: PathBuf,
     },
+    /// A remote namespace.
+    Nvme(Uri),
     /// Nowhere: zeros.
     Null {
         /// Bytes.
@@ -104,6 +108,12 @@ pub struct DiskSpec {
     pub on_dirty: OnDirty,
     /// Directories and files that backing files may be in, besides the top image's own directory.
     pub allow_paths: Vec<PathBuf>,
+    /// Remote namespaces that images may name as backing files; no others.
+    pub allow_remote: Vec<Allowed>,
+    /// How remote namespaces are connected, wherever they are in the chain.
+    pub nvme: Arc<NvmeOptions>,
+    /// What is read from below a qcow2 image that is written to is kept in it.
+    pub copy_on_read: bool,
     /// The top image's external data file, instead of the one that the image names.
     pub data_file: Option<PathBuf>,
     /// Discards are passed on; else they do nothing.
@@ -128,6 +138,9 @@ impl DiskSpec {
             backing_cache: CacheMode::Writeback,
             on_dirty: OnDirty::default(),
             allow_paths: Vec::new(),
+            allow_remote: Vec::new(),
+            nvme: Arc::default(),
+            copy_on_read: false,
             data_file: None,
             discard: true,
             l2_cache_bytes: DEFAULT_L2_CACHE,

@@ -26,6 +26,21 @@ pub enum KeySource {
     Fd(Arc<File>),
     /// A key of type "user" in the kernel's keyring: its description, or its serial number.
     Keyring(String),
+    /// One of the others, which was read already.
+    Read(Arc<Key>),
+}
+
+impl KeySource {
+    /// The same, read: from then on it does not matter what becomes of the place.
+    ///
+    /// # Errors
+    /// As [`Key::read`].
+    pub(in crate::block) fn read(&self) -> Result<Self> {
+        match self {
+            Self::Read(_) => Ok(self.clone()),
+            other => Key::read(other).map(|key| Self::Read(Arc::new(key))),
+        }
+    }
 }
 
 impl fmt::Display for KeySource {
@@ -34,6 +49,7 @@ impl fmt::Display for KeySource {
             Self::File(path) => write!(f, "{}", path.display()),
             Self::Fd(_) => write!(f, "the key's descriptor"),
             Self::Keyring(name) => write!(f, "the kernel's key {name:?}"),
+            Self::Read(key) => f.write_str(&key.origin),
         }
     }
 }
@@ -48,11 +64,11 @@ pub struct KeySpec {
 }
 
 /// One passphrase, read.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Key {
     image: Option<PathBuf>,
     origin: String,
-    secret: Secret,
+    secret: Arc<Secret>,
     /// The descriptor that it was read from. It stays open, so that its number stays free for a successor's.
     from: Option<Arc<File>>,
 }
@@ -146,6 +162,10 @@ fn load(source: &KeySource, image: Option<PathBuf>) -> Result<Key> {
         }),
         KeySource::Fd(file) => read(&mut &**file),
         KeySource::Keyring(name) => from_keyring(name),
+        KeySource::Read(key) => {
+            let key = Key::clone(key);
+            return Ok(Key { image, ..key });
+        }
     };
     let secret = secret.map_err(|error| Error::io(path, "read the key", None, error))?;
     let wrong = match secret.bytes().len() {
@@ -155,7 +175,7 @@ fn load(source: &KeySource, image: Option<PathBuf>) -> Result<Key> {
             return Ok(Key {
                 image,
                 origin,
-                secret,
+                secret: Arc::new(secret),
                 from: match source {
                     KeySource::Fd(file) => Some(file.clone()),
                     _ => None,

@@ -15,6 +15,7 @@
 pub mod auth;
 pub mod link;
 pub mod machine;
+pub(in crate::block) mod remote;
 pub mod secret;
 pub mod spec;
 pub mod tls;

@@ -1,11 +1,15 @@
 //! What the user asked for: a namespace, the ways to it, and how to treat them.
 
 use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::RawFd;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::block::crypt::KeySource;
+use crate::block::error::Result;
 
 /// Port of NVMe/TCP I/O controllers (TCP section 3.1.1) where none is given.
 pub const IO_PORT: u16 = 4420;
@@ -55,7 +59,7 @@ pub enum IoPolicy {
 
 impl FromStr for IoPolicy {
     type Err = String;
-    fn from_str(name: &str) -> Result<Self, String> {
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
         match name {
             "queue-depth" => Ok(Self::QueueDepth),
             "round-robin" => Ok(Self::RoundRobin),
@@ -67,6 +71,10 @@ impl FromStr for IoPolicy {
 }
 
 /// How remote namespaces of a disk are connected and treated.
+///
+/// Where a disk is opened ([`Disk::open`](crate::block::Disk::open)) the secrets are read before anything is
+/// connected ([`NvmeOptions::read_secrets`]): in a namespace's [`NvmeSpec`] each is [`KeySource::Read`], which can be
+/// read as often as an association is made, whatever has become of the file or descriptor that it came from.
 #[derive(Clone, Debug)]
 pub struct NvmeOptions {
     /// The host's NQN; none: the machine's, or one that is made and kept.
@@ -123,6 +131,36 @@ impl Default for NvmeOptions {
             tls_key: None,
             reservations: false,
         }
+    }
+}
+
+impl NvmeOptions {
+    /// The same with all secrets read.
+    ///
+    /// # Errors
+    /// Those of reading one: it names where it was to be.
+    pub(in crate::block) fn read_secrets(&self) -> Result<Self> {
+        let read = |source: &Option<KeySource>| source.as_ref().map(KeySource::read).transpose();
+        Ok(Self {
+            dhchap_secret: read(&self.dhchap_secret)?,
+            dhchap_ctrl_secret: read(&self.dhchap_ctrl_secret)?,
+            tls_key: read(&self.tls_key)?,
+            ..self.clone()
+        })
+    }
+
+    /// A pipe with the secret for each that was read from a descriptor, and that descriptor's number: for a
+    /// process that takes this one's place.
+    ///
+    /// # Errors
+    /// No more pipes are to be had.
+    pub(in crate::block) fn descriptors(&self) -> io::Result<Vec<(RawFd, File)>> {
+        let secrets = [&self.dhchap_secret, &self.dhchap_ctrl_secret, &self.tls_key];
+        let read = secrets.into_iter().filter_map(|source| match source {
+            Some(KeySource::Read(key)) => key.descriptor(),
+            _ => None,
+        });
+        read.collect()
     }
 }
 

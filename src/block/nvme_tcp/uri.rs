@@ -91,7 +91,8 @@ impl Uri {
         self.addresses.iter().all(|address| {
             allowed.iter().any(|one| {
                 let subsystem = one.subsystem.as_ref();
-                one.addresses.contains(address) && subsystem.is_none_or(|nqn| *nqn == self.subsystem)
+                one.addresses.contains(address)
+                    && subsystem.is_none_or(|nqn| *nqn == self.subsystem)
             })
         })
     }
@@ -196,7 +197,10 @@ fn split(text: &str) -> Result<(Allowed, Option<&str>), UriError> {
     };
     let place = Allowed {
         addresses: addresses(hosts)?,
-        subsystem: nqn.filter(|nqn| !nqn.is_empty()).map(subsystem).transpose()?,
+        subsystem: nqn
+            .filter(|nqn| !nqn.is_empty())
+            .map(subsystem)
+            .transpose()?,
     };
     Ok((place, query))
 }
@@ -368,10 +372,16 @@ fn namespace(query: &str) -> Result<NamespaceName, UriError> {
         "nguid" => identifier(key, value).map(NamespaceName::Nguid),
         "eui64" => identifier(key, value).map(NamespaceName::Eui64),
         _ if is_key(key) => {
-            let option = if key.starts_with("nvme-") { key.to_owned() } else { format!("nvme-{key}") };
+            let option = if key.starts_with("nvme-") {
+                key.to_owned()
+            } else {
+                format!("nvme-{key}")
+            };
             wrong(
                 format!("says {key}, which is nothing that belongs to a namespace's name"),
-                format!("{KNOWN}; how it is connected is said by options such as {option}, if there is one"),
+                format!(
+                    "{KNOWN}; how it is connected is said by options such as {option}, if there is one"
+                ),
             )
         }
         _ => wrong("says something unknown behind the question mark", KNOWN),
@@ -398,7 +408,11 @@ fn identifier<const N: usize>(key: &str, text: &str) -> Result<[u8; N], UriError
     };
     let bytes = hex(text).ok_or_else(expected)?;
     // All zeros say that there is none (NVM section 4.1.5.1).
-    if bytes == [0; N] { Err(expected()) } else { Ok(bytes) }
+    if bytes == [0; N] {
+        Err(expected())
+    } else {
+        Ok(bytes)
+    }
 }
 
 /// `N` bytes in hexadecimal digits, with hyphens anywhere between them.

@@ -1,7 +1,8 @@
 use super::*;
 
 fn uri(text: &str) -> Uri {
-    text.parse().unwrap_or_else(|error| panic!("{text}: {error}"))
+    text.parse()
+        .unwrap_or_else(|error| panic!("{text}: {error}"))
 }
 
 fn at(host: &str, port: u16) -> Address {
@@ -13,10 +14,15 @@ fn at(host: &str, port: u16) -> Address {
 
 #[test]
 fn a_name_says_where_and_which() {
-    let uri = uri("nvme+tcp://Storage-1.lan,10.0.0.2:4421,[FE80::0:1]:9/nqn.2019-08.org.q:a?nsid=3");
+    let uri =
+        uri("nvme+tcp://Storage-1.lan,10.0.0.2:4421,[FE80::0:1]:9/nqn.2019-08.org.q:a?nsid=3");
     assert_eq!(
         uri.addresses,
-        [at("storage-1.lan", 4420), at("10.0.0.2", 4421), at("fe80::1", 9)]
+        [
+            at("storage-1.lan", 4420),
+            at("10.0.0.2", 4421),
+            at("fe80::1", 9)
+        ]
     );
     assert_eq!(uri.subsystem, "nqn.2019-08.org.q:a");
     assert_eq!(uri.namespace, NamespaceName::Nsid(3));
@@ -25,8 +31,14 @@ fn a_name_says_where_and_which() {
 #[test]
 fn a_name_is_displayed_as_one_that_means_the_same() {
     for (written, shown) in [
-        ("nvme+tcp://h/nqn.a:b?nsid=1", "nvme+tcp://h:4420/nqn.a:b?nsid=1"),
-        ("nvme+tcp://[::1]/n?nsid=4294967294", "nvme+tcp://[::1]:4420/n?nsid=4294967294"),
+        (
+            "nvme+tcp://h/nqn.a:b?nsid=1",
+            "nvme+tcp://h:4420/nqn.a:b?nsid=1",
+        ),
+        (
+            "nvme+tcp://[::1]/n?nsid=4294967294",
+            "nvme+tcp://[::1]:4420/n?nsid=4294967294",
+        ),
         (
             "nvme+tcp://a:1,b:2/%6e%2Fx%3F%23%25%C3%A9?nguid=00112233445566778899AABBCCDDEEFF",
             "nvme+tcp://a:1,b:2/n%2Fx%3F%23%25%C3%A9?nguid=00112233445566778899aabbccddeeff",
@@ -35,7 +47,10 @@ fn a_name_is_displayed_as_one_that_means_the_same() {
             "nvme+tcp://a:1/n?uuid=00112233-4455-6677-8899-aabbccddeeff",
             "nvme+tcp://a:1/n?uuid=00112233-4455-6677-8899-aabbccddeeff",
         ),
-        ("nvme+tcp://a:1/n?eui64=0011223344556677", "nvme+tcp://a:1/n?eui64=0011223344556677"),
+        (
+            "nvme+tcp://a:1/n?eui64=0011223344556677",
+            "nvme+tcp://a:1/n?eui64=0011223344556677",
+        ),
     ] {
         let first = uri(written);
         assert_eq!(first.to_string(), shown);
@@ -59,7 +74,10 @@ fn a_name_is_displayed_as_one_that_means_the_same() {
 
 #[test]
 fn what_is_no_name_is_refused_with_what_to_write() {
-    let many = (0..=MAX_ADDRESSES).map(|n| format!("h{n}")).collect::<Vec<_>>().join(",");
+    let many = (0..=MAX_ADDRESSES)
+        .map(|n| format!("h{n}"))
+        .collect::<Vec<_>>()
+        .join(",");
     let many = format!("nvme+tcp://{many}/n?nsid=1");
     let long = format!("nvme+tcp://h/{}?nsid=1", "n".repeat(MAX_NQN + 1));
     let longest = format!("nvme+tcp://h/{}?nsid=1", "n".repeat(9000));
@@ -99,12 +117,21 @@ fn what_is_no_name_is_refused_with_what_to_write() {
         ("nvme+tcp://h/n?nsid=+1", "1 to 4294967294"),
         ("nvme+tcp://h/n?nsid=1&nsid=2", "two things"),
         ("nvme+tcp://h/n?uuid=0011", "32 hexadecimal digits"),
-        ("nvme+tcp://h/n?nguid=00000000000000000000000000000000", "not all of them 0"),
-        ("nvme+tcp://h/n?eui64=00112233445566778", "16 hexadecimal digits"),
+        (
+            "nvme+tcp://h/n?nguid=00000000000000000000000000000000",
+            "not all of them 0",
+        ),
+        (
+            "nvme+tcp://h/n?eui64=00112233445566778",
+            "16 hexadecimal digits",
+        ),
         ("nvme+tcp://h/n?io-timeout=3", "says io-timeout"),
         ("nvme+tcp://h/n?io-timeout=3", "nvme-io-timeout"),
         ("nvme+tcp://h/n?NSID=1", "something unknown"),
-        ("nvme+tcp://h/nqn.2014-08.org.nvmexpress.discovery?nsid=1", "virtioblkd nvme discover"),
+        (
+            "nvme+tcp://h/nqn.2014-08.org.nvmexpress.discovery?nsid=1",
+            "virtioblkd nvme discover",
+        ),
         (&many, "more than 16 addresses"),
         (&long, "more than 223 bytes"),
         (&longest, "longer than 8192 bytes"),
@@ -114,7 +141,10 @@ fn what_is_no_name_is_refused_with_what_to_write() {
         assert!(error.contains(why), "{text}: {error}");
     }
     let error = "nvme+tcp://h/n?nsid=1".parse::<Allowed>().unwrap_err();
-    assert!(error.to_string().contains("leave out the question mark"), "{error}");
+    assert!(
+        error.to_string().contains("leave out the question mark"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -129,7 +159,9 @@ fn a_secret_in_a_name_is_refused_and_not_repeated() {
         assert!(!error.contains("c2VjcmV0"), "{error}");
     }
     // Nor is what only might be one.
-    let error = "nvme+tcp://u:c2VjcmV0@h/n?nsid=1".parse::<Uri>().unwrap_err();
+    let error = "nvme+tcp://u:c2VjcmV0@h/n?nsid=1"
+        .parse::<Uri>()
+        .unwrap_err();
     assert!(!error.to_string().contains("c2VjcmV0"), "{error}");
     let error = "nvme+tcp://h/n?C2VjcmV0=1".parse::<Uri>().unwrap_err();
     assert!(!error.to_string().contains("C2Vj"), "{error}");
