@@ -10,6 +10,8 @@ source "$_lib/packages.sh"
 source "$_lib/accel.sh"
 # shellcheck source=guest.sh
 source "$_lib/guest.sh"
+# shellcheck source=target.sh
+source "$_lib/target.sh"
 # shellcheck source=backend.sh
 source "$_lib/backend.sh"
 # shellcheck source=qemu.sh

@@ -88,6 +88,27 @@ module_files() {
     done
 }
 
+# stage_modules STAGE NAME...: these modules of the guest's kernel and those that they need, and the list of them that
+# the guest's init loads.
+stage_modules() {
+    local stage=$1 dir module name
+    shift
+    # dpkg's own idea of where modules are differs between releases (lib or usr/lib).
+    dir=$(find "$GUEST_DIR/root" -type d -path '*lib/modules/*' -name kernel -prune -printf '%h\n' | sed -n 1p)
+    [[ -n $dir ]] || die "no modules in the kernel package (remove $GUEST_DIR and try again)"
+    mkdir -p "$stage/modules"
+    : >"$stage/modules/list"
+    while IFS= read -r module; do
+        name=$(basename "${module%.ko*}").ko
+        case $module in
+        *.xz) xz -dc "$module" ;;
+        *.zst) zstd -qdc "$module" ;;
+        *) cat "$module" ;;
+        esac >"$stage/modules/$name"
+        printf '/modules/%s\n' "$name" >>"$stage/modules/list"
+    done < <(module_files "$dir" "$@" | awk '!seen[$0]++')
+}
+
 # copy_program STAGE FILE [NAME]: a program and the libraries that it names.
 copy_program() {
     local stage=$1 file=$2 library
@@ -102,7 +123,7 @@ pack_initramfs() { (cd "$1" && find . -print0 | sort -z | cpio --quiet --null --
 
 # build_initramfs: GUEST_INITRD_SMALL and GUEST_INITRD.
 build_initramfs() {
-    local init=$REPO_ROOT/qemu-scripts/lib/guest-init stamp module name dir stage=$GUEST_DIR/stage
+    local init=$REPO_ROOT/qemu-scripts/lib/guest-init stamp stage=$GUEST_DIR/stage
     # Built again when this recipe or the init script is newer.
     stamp=$(cat "$init" "$REPO_ROOT/qemu-scripts/lib/guest.sh" | sha256sum)
     if [[ -e $GUEST_INITRD && $(cat "$GUEST_INITRD.stamp" 2>/dev/null) == "$stamp" ]]; then
@@ -128,19 +149,7 @@ build_initramfs() {
     done < <("$GUEST_DIR/busybox" --list)
     install -m 755 "$init" "$stage/init"
 
-    # dpkg's own idea of where modules are differs between releases (lib or usr/lib).
-    dir=$(find "$GUEST_DIR/root" -type d -path '*lib/modules/*' -name kernel -prune -printf '%h\n' | sed -n 1p)
-    [[ -n $dir ]] || die "no modules in the kernel package (remove $GUEST_DIR and try again)"
-    : >"$stage/modules/list"
-    while IFS= read -r module; do
-        name=$(basename "${module%.ko*}").ko
-        case $module in
-        *.xz) xz -dc "$module" ;;
-        *.zst) zstd -qdc "$module" ;;
-        *) cat "$module" ;;
-        esac >"$stage/modules/$name"
-        printf '/modules/%s\n' "$name" >>"$stage/modules/list"
-    done < <(module_files "$dir" "${GUEST_MODULES[@]}" | awk '!seen[$0]++')
+    stage_modules "$stage" "${GUEST_MODULES[@]}"
     pack_initramfs "$stage" "$GUEST_INITRD_SMALL"
 
     copy_program "$stage" "$(command -v fio)"

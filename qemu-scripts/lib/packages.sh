@@ -118,6 +118,30 @@ use_backports() {
     apt-cache "${APT_EXTRA[@]}" policy "$2" | grep -- -backports >/dev/null
 }
 
+# fetch_tree CODENAME SUITE DIR PACKAGE...: unpacks these packages of SUITE, and all that they depend on, in DIR. SUITE is
+# looked for in the machine's own archive, the one that offers CODENAME, with lists and a state of apt for this call
+# only: to it nothing is installed. False when that archive has no such suite, or the suite no such package.
+fetch_tree() {
+    local archive dir=$3 own=$3.apt package
+    archive=$(apt_archives "$1" | sed -n 1p)
+    [[ -n $archive ]] || return 1
+    rm -rf "$own" "$dir.new"
+    mkdir -p "$own"/{lists,cache/archives}/partial "$dir.new"
+    printf 'deb %s %s %s main\n' "${archive%%|*}" "${archive#*|}" "$2" >"$own/sources.list"
+    : >"$own/status"
+    local apt=(apt-get -qq -o Dir::State::status="$own/status" -o Dir::State::lists="$own/lists" -o Dir::Cache="$own/cache"
+        -o Dir::Etc::SourceList="$own/sources.list" -o Dir::Etc::SourceParts=/dev/null
+        -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts=/dev/null -o APT::Sandbox::User=root
+        -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false)
+    "${apt[@]}" update >"$CACHE_DIR/apt.log" 2>&1 &&
+        "${apt[@]}" -y --no-install-recommends --download-only install "${@:4}" >>"$CACHE_DIR/apt.log" 2>&1 || return
+    for package in "$own"/cache/archives/*.deb; do
+        dpkg -x "$package" "$dir.new" || return
+    done
+    rm -rf "$dir" "$own"
+    mv "$dir.new" "$dir"
+}
+
 # ensure_qemu: QEMU and qemu-img, both from one suite (mixing suites makes apt remove one of them). On
 # Debian 12 that is backports: its own QEMU 7.2 waits for ever when a backend restarts at a bad moment.
 ensure_qemu() {
