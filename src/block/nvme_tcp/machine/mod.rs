@@ -25,6 +25,8 @@
 mod receive;
 mod send;
 mod slot;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 
