@@ -187,12 +187,14 @@ candidate_version() {
     apt-cache policy "$1" 2>/dev/null | awk '/Candidate:/ && $2 != "(none)" { sub(/^[0-9]+:/, "", $2); sub(/[-+~].*/, "", $2); print $2 }'
 }
 
-# ensure_rust: sets CARGO, installing the distribution's toolchain where that one is recent enough:
+# ensure_rust: what the build needs, with the headers of OpenSSL (TLS of remote disks), and CARGO,
+# installing the distribution's toolchain where that one is recent enough:
 # `cargo` (Debian 13), the versioned packages (Ubuntu 24.04), `cargo-web` (Debian 12, kept current for
 # its browsers).
 ensure_rust() {
     local versioned
-    ensure cc=gcc /usr/include/stdio.h=libc6-dev /etc/ssl/certs/ca-certificates.crt=ca-certificates
+    ensure cc=gcc /usr/include/stdio.h=libc6-dev /etc/ssl/certs/ca-certificates.crt=ca-certificates \
+        /usr/include/openssl/ssl.h=libssl-dev pkg-config=pkg-config
     ! find_cargo || return 0
     require_apt cargo
     apt_update

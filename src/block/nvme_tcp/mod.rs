@@ -17,6 +17,8 @@ pub mod link;
 pub mod machine;
 pub(in crate::block) mod remote;
 pub mod secret;
+#[cfg(test)]
+mod secret_tests;
 pub mod spec;
 pub mod tls;
 pub mod uri;

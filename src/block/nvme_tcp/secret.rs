@@ -118,7 +118,7 @@ impl Form {
 /// How many bytes `text` is in base64 (RFC 4648, section 4), which go to `to`; none if it is no base64, or
 /// if they are too many. More than `to` has room for counts as bytes, so that a caller can tell the length.
 fn decode_base64(text: &[u8], to: &mut [u8]) -> Option<usize> {
-    if text.is_empty() || !text.len().is_multiple_of(4) {
+    if text.is_empty() || text.len() % 4 != 0 {
         return None;
     }
     let padding = text.iter().rev().take_while(|c| **c == b'=').count();

@@ -16,6 +16,9 @@ mod hash;
 mod message;
 mod transaction;
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::sync::Arc;
 

@@ -136,6 +136,10 @@ impl Authentication {
     }
 
     /// What is due now. A message is given out once.
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "it is no iterator: the last step stays"
+    )]
     pub fn next(&mut self) -> Step {
         match std::mem::replace(&mut self.state, State::AwaitChallenge) {
             State::Negotiate => Step::Send(message::negotiate(
@@ -331,17 +335,17 @@ impl Authentication {
 }
 
 /// What both responses of a transaction share.
-struct Response<'a> {
-    hash: Hash,
-    session_key: Option<&'a [u8]>,
-    transaction_id: u16,
-    sc_c: u8,
+pub(super) struct Response<'a> {
+    pub(super) hash: Hash,
+    pub(super) session_key: Option<&'a [u8]>,
+    pub(super) transaction_id: u16,
+    pub(super) sc_c: u8,
 }
 
 impl Response<'_> {
     /// HMAC(key, Ca || S || T_ID || SC_C || text || NQN || 00h || NQN), where Ca is the challenge, or, with a
     /// Diffie-Hellman group, the augmented challenge HMAC(KS, C) (section 8.3.5.5.4).
-    fn compute(
+    pub(super) fn compute(
         &self,
         key: &[u8],
         (challenge, sequence_number): (&[u8], u32),

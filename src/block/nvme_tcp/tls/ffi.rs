@@ -137,6 +137,16 @@ unsafe extern "C" fn use_session(
     1
 }
 
+#[cfg(test)]
+impl PskSession {
+    /// The session itself, for a server of the tests, which gets a reference of its own.
+    pub(super) fn reference(&self) -> *mut SSL_SESSION {
+        // SAFETY: the session is alive.
+        assert_eq!(unsafe { SSL_SESSION_up_ref(self.0.as_ptr()) }, 1);
+        self.0.as_ptr()
+    }
+}
+
 /// Has the next record that is sent preceded by a KeyUpdate (RFC 8446, section 4.6.3).
 pub(super) fn update_key(ssl: &SslRef) -> Result<(), ErrorStack> {
     // SAFETY: the SSL is alive.

@@ -16,6 +16,9 @@ mod psk;
 mod session;
 mod stream;
 
+#[cfg(test)]
+mod tests;
+
 pub use psk::{Derivation, TlsPsk};
 pub use session::TlsSession;
 pub use stream::TlsStream;

@@ -91,6 +91,8 @@ pub struct TlsSession {
     records: u64,
     records_of_a_key: u64,
     is_dead: bool,
+    /// How it ended, if nobody was told yet.
+    end: Option<TlsError>,
 }
 
 impl fmt::Debug for TlsSession {
@@ -112,7 +114,14 @@ impl TlsSession {
             records: 0,
             records_of_a_key: RECORDS_OF_A_KEY,
             is_dead: false,
+            end: None,
         }
+    }
+
+    /// Another number of records that are encrypted with one key.
+    #[cfg(test)]
+    pub(super) fn set_records_of_a_key(&mut self, count: u64) {
+        self.records_of_a_key = count;
     }
 
     /// Ciphertext from the connection. It is copied.
@@ -140,13 +149,13 @@ impl TlsSession {
     /// `len` bytes at `to` are writable memory of this process.
     pub unsafe fn read_raw(&mut self, to: *mut u8, len: usize) -> Result<usize, TlsError> {
         if self.is_dead {
-            return Err(TlsError::Dead);
+            return Err(self.end.take().unwrap_or(TlsError::Dead));
         }
         let mut done = 0;
         while done < len {
             let want = (len - done).min(c_int::MAX as usize) as c_int;
             // The thread's queue of errors is part of the result (SSL_get_error(3)).
-            openssl_sys_clear_error();
+            clear_errors();
             let ssl = self.stream.ssl().as_ptr();
             // SAFETY: the SSL is alive and used by nobody else. As the caller promises, `want` bytes can be
             // written behind the first `done`.
@@ -155,17 +164,16 @@ impl TlsSession {
                 done += got as usize;
                 continue;
             }
-            match self.failure(got) {
-                None => break,
-                // Told by the next call, which finds it again.
-                Some(_) if done > 0 => {
-                    break;
-                }
-                Some(error) => {
-                    self.is_dead = true;
-                    return Err(error);
-                }
+            let Some(error) = self.failure(got) else {
+                break;
+            };
+            self.is_dead = true;
+            if done == 0 {
+                return Err(error);
             }
+            // What came before the end is read first.
+            self.end = Some(error);
+            break;
         }
         Ok(done)
     }
@@ -189,8 +197,8 @@ impl TlsSession {
                     }
                 }
                 Err(error) if done == 0 => return Err(error),
-                Err(_) => {
-                    // Nothing of what was read may be lost; the session stays dead.
+                Err(error) => {
+                    self.end = Some(error);
                     break;
                 }
             }
@@ -268,7 +276,7 @@ impl TlsSession {
             self.records = 0;
         }
         self.records += 1;
-        openssl_sys_clear_error();
+        clear_errors();
         let ssl = self.stream.ssl().as_ptr();
         // SAFETY: the SSL is alive and used by nobody else; as the caller promises.
         let wrote = unsafe { openssl_sys::SSL_write(ssl, from.cast::<c_void>(), len as c_int) };
@@ -329,7 +337,7 @@ impl Wire {
     }
 }
 
-fn openssl_sys_clear_error() {
+fn clear_errors() {
     // SAFETY: the queue is the thread's own.
     unsafe { openssl_sys::ERR_clear_error() };
 }
