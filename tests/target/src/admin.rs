@@ -3,7 +3,6 @@
 use std::sync::atomic::Ordering;
 
 use crate::connection::{Connection, Flow};
-use crate::link::Mail;
 use crate::status::Status;
 use crate::sync::Locked;
 use crate::wire::{SGL_IN_CAPSULE, SGL_TRANSPORT, Sqe, op};
@@ -155,23 +154,9 @@ impl Connection {
         let (sqid, cid) = (sqe.cdw(10) as u16, (sqe.cdw(10) >> 16) as u16);
         self.shared.counters.abort();
         let link = queue.controller.links.locked().get(&sqid).cloned();
-        let Some(link) = link else {
-            return Reply::Done(Status::SUCCESS, 1);
-        };
-        let mut held = link.held.locked();
-        let Some(at) = held
-            .iter()
-            .position(|&(held, may_end)| held == cid && may_end)
-        else {
-            return Reply::Done(Status::SUCCESS, 1);
-        };
-        held.swap_remove(at);
-        drop(held);
-        link.send(Mail::Complete {
-            cid,
-            status: Status::ABORT_REQUESTED,
-        });
-        OK
+        // Dword 0, bit 0: the command was not aborted.
+        let aborted = link.is_some_and(|link| link.abort(cid));
+        Reply::Done(Status::SUCCESS, u64::from(!aborted))
     }
 
     fn set_features(&mut self, sqe: &Sqe, data: &[u8]) -> Reply {

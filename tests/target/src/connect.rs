@@ -57,7 +57,7 @@ impl Connection {
             }
             Err((status, result)) => {
                 self.shared.counters.connect_refused();
-                self.refuse(sqe.cid(), status, result);
+                self.bare_completion(sqe.cid(), status, result);
             }
         }
         Ok(())
@@ -190,16 +190,6 @@ impl Connection {
             return Err((Status::COMMAND_SEQUENCE_ERROR.dnr(), 0));
         }
         Ok(controller)
-    }
-
-    fn refuse(&mut self, cid: u16, status: Status, result: u64) {
-        let completion = crate::build::Completion {
-            cid,
-            status,
-            result,
-            sqhd: 0,
-        };
-        self.format.capsule_resp(&mut self.out.buf, &completion, 0);
     }
 
     /// AUTHREQ of Connect's result.

@@ -7,17 +7,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::admin::Admin;
-use crate::build::{self, Completion, Format};
+use crate::build::{self, Format};
 use crate::controller::Controller;
 use crate::io_queue::{IoQueue, Transfer};
+use crate::late::Late;
 use crate::link::{Link, Mail};
 use crate::options::TransportOptions;
 use crate::output::Output;
-use crate::status::Status;
 use crate::stream::Stream;
 use crate::sync::Locked;
 use crate::target::{Port, Shared};
-use crate::wire::{FatalErrorStatus, Sqe, op, pdu, u16_at, u32_at};
+use crate::wire::{FatalErrorStatus, Sqe, pdu, u16_at, u32_at};
 
 /// Bytes that wait for a host that does not read before its commands wait as well.
 const OUTPUT_LIMIT: usize = 8 << 20;
@@ -28,8 +28,12 @@ const ADMIN_IN_CAPSULE: usize = 8192;
 pub(crate) enum End {
     /// With C2HTermReq: the status and its information.
     Terminate(FatalErrorStatus, u32),
+    /// The same, but by a fault's will: nobody is to blame.
+    Fault(FatalErrorStatus),
     /// Without a word.
     Close,
+    /// By RST: what waits is not sent.
+    Reset,
 }
 
 pub(crate) type Flow = Result<(), End>;
@@ -42,6 +46,8 @@ enum Phase {
     Open,
     /// Nothing is taken any more; what waits is sent, and then the stream ends.
     Closing(Instant),
+    /// The stream is to be reset.
+    Reset,
 }
 
 /// The queue that Connect has made of a connection.
@@ -74,6 +80,7 @@ pub(crate) struct Connection {
     pub admin: Admin,
     pub io: IoQueue,
     pub transfers: HashMap<u16, Transfer>,
+    pub late: Late,
 }
 
 impl Connection {
@@ -96,6 +103,7 @@ impl Connection {
             admin: Admin::default(),
             io: IoQueue::default(),
             transfers: HashMap::new(),
+            late: Late::default(),
         }
     }
 
@@ -116,9 +124,15 @@ impl Connection {
             if queue.id == 0 {
                 queue.controller.shut_down();
                 self.shared.association_ended();
+            } else if queue.controller.options.io_loss_ends_association {
+                queue.controller.shut_down();
             }
         }
-        self.stream.finish();
+        if self.phase == Phase::Reset {
+            self.stream.reset();
+        } else {
+            self.stream.finish();
+        }
     }
 
     fn serve(&mut self) -> io::Result<()> {
@@ -135,6 +149,13 @@ impl Connection {
                 return Ok(());
             }
             self.consume();
+            if self.late.is_stalled() {
+                self.wait_for_bell()?;
+                continue;
+            }
+            if self.phase == Phase::Reset {
+                return Ok(());
+            }
             self.out.flush(&mut self.stream)?;
             if let Phase::Closing(until) = self.phase {
                 if self.out.pending() == 0 {
@@ -148,6 +169,37 @@ impl Connection {
                 return Ok(());
             }
         }
+    }
+
+    /// Waits for the bell or a timer only.
+    fn wait_for_bell(&self) -> io::Result<()> {
+        let mut fd = libc::pollfd {
+            fd: self.link.bell_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        self.poll(std::slice::from_mut(&mut fd)).map(drop)
+    }
+
+    /// Polls until the next timer; false if it was interrupted.
+    fn poll(&self, fds: &mut [libc::pollfd]) -> io::Result<bool> {
+        let timeout = self.next_deadline().map_or(-1, |at| {
+            // Rounded up, so that the timer has passed when the wait ends.
+            at.saturating_duration_since(Instant::now())
+                .as_micros()
+                .div_ceil(1000)
+                .min(60_000) as i32
+        });
+        // SAFETY: initialized entries, as many as told.
+        if unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) } < 0 {
+            let e = io::Error::last_os_error();
+            return if e.kind() == io::ErrorKind::Interrupted {
+                Ok(false)
+            } else {
+                Err(e)
+            };
+        }
+        Ok(true)
     }
 
     /// Waits for the socket, the bell or a timer, and reads what there is; false at the end of the stream.
@@ -171,21 +223,8 @@ impl Connection {
                 revents: 0,
             },
         ];
-        let timeout = self.next_deadline().map_or(-1, |at| {
-            // Rounded up, so that the timer has passed when the wait ends.
-            at.saturating_duration_since(Instant::now())
-                .as_micros()
-                .div_ceil(1000)
-                .min(60_000) as i32
-        });
-        // SAFETY: two initialized entries.
-        if unsafe { libc::poll(fds.as_mut_ptr(), 2, timeout) } < 0 {
-            let e = io::Error::last_os_error();
-            return if e.kind() == io::ErrorKind::Interrupted {
-                Ok(true)
-            } else {
-                Err(e)
-            };
+        if !self.poll(&mut fds)? {
+            return Ok(true);
         }
         if fds[0].revents & (libc::POLLIN | libc::POLLERR | libc::POLLHUP) == 0 {
             return Ok(true);
@@ -224,7 +263,10 @@ impl Connection {
         let keep_alive = self
             .admin_controller()
             .and_then(|c| c.keep_alive_deadline());
-        [closing, keep_alive].into_iter().flatten().min()
+        [closing, keep_alive, self.late.next_deadline()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     fn admin_controller(&self) -> Option<&Arc<Controller>> {
@@ -250,14 +292,18 @@ impl Connection {
                 return false;
             }
         }
+        if self.late.is_due(Instant::now()) {
+            self.release_late();
+        }
         true
     }
 
     fn on_mail(&mut self, mail: Mail) {
         match mail {
             Mail::Complete { cid, status } => self.complete(cid, status, 0),
+            Mail::Stall(time) => self.late.stall(time),
             Mail::Events => self.fire_events(),
-            Mail::Terminate(fes) => self.end(End::Terminate(fes, 0), &[]),
+            Mail::Terminate(fes) => self.end(End::Fault(fes), &[]),
         }
     }
 
@@ -265,8 +311,11 @@ impl Connection {
     fn consume(&mut self) {
         let input = std::mem::take(&mut self.input);
         while self.out.pending() < OUTPUT_LIMIT {
-            if matches!(self.phase, Phase::Closing(_)) {
+            if matches!(self.phase, Phase::Closing(_) | Phase::Reset) {
                 self.filled = 0..0;
+                break;
+            }
+            if self.late.is_stalled() {
                 break;
             }
             let rest = &input[self.filled.clone()];
@@ -283,15 +332,26 @@ impl Connection {
                 let hlen = usize::from(rest[2]).clamp(pdu::COMMON, len.min(128));
                 self.end(end, &rest[..hlen]);
             }
+            if self.late.is_overtaken() {
+                self.release_late();
+            }
         }
         self.input = input;
     }
 
     fn end(&mut self, end: End, header: &[u8]) {
-        if let End::Terminate(fes, fei) = end {
-            self.shared
-                .violation(format_args!("connection {}: {fes:?} ({fei})", self.link.id));
-            build::c2h_term_req(&mut self.out.buf, fes, fei, header);
+        match end {
+            End::Terminate(fes, fei) => {
+                self.shared
+                    .violation(format_args!("connection {}: {fes:?} ({fei})", self.link.id));
+                build::c2h_term_req(&mut self.out.buf, fes, fei, header);
+            }
+            End::Fault(fes) => build::c2h_term_req(&mut self.out.buf, fes, 0, header),
+            End::Close => {}
+            End::Reset => {
+                self.phase = Phase::Reset;
+                return;
+            }
         }
         // The host has time to read what was said before the stream is reset.
         self.phase = Phase::Closing(Instant::now() + Duration::from_millis(500));
@@ -434,112 +494,5 @@ impl Connection {
         self.out.buf.extend_from_slice(&resp);
         self.phase = Phase::Open;
         Ok(())
-    }
-
-    fn on_command(&mut self, sqe: Sqe, data: &[u8], intact: bool) -> Flow {
-        let Some(queue) = &mut self.queue else {
-            if sqe.opcode() != op::FABRICS || sqe.fctype() != op::CONNECT {
-                self.bare_completion(sqe.cid(), Status::COMMAND_SEQUENCE_ERROR.dnr());
-                return Ok(());
-            }
-            return self.on_connect(sqe, data);
-        };
-        let qid = queue.id;
-        if let Some(head) = &mut queue.head {
-            *head = ((u32::from(*head) + 1) % queue.size) as u16;
-        }
-        let (word, bit) = (usize::from(sqe.cid() >> 6), 1u64 << (sqe.cid() & 63));
-        let mut wrong = None;
-        if queue.outstanding[word] & bit != 0 {
-            wrong = Some("a command identifier is used twice");
-        } else {
-            queue.outstanding[word] |= bit;
-            queue.outstanding_count += 1;
-            if queue.outstanding_count >= queue.size {
-                wrong = Some("more commands than the queue has room for");
-            }
-        }
-        // PSDT: fabrics use SGLs only (base specification, section 3.3.3.1).
-        if sqe.u8(1) & 0xc3 != 0x40 && sqe.opcode() != op::FABRICS {
-            wrong = Some("PSDT is not 01b, or FUSE is not 0");
-        }
-        if let Some(wrong) = wrong {
-            let opcode = sqe.opcode();
-            self.shared.violation(format_args!(
-                "connection {} queue {qid} command {} ({opcode:#04x}): {wrong}",
-                self.link.id,
-                sqe.cid()
-            ));
-        }
-        if !intact {
-            self.complete(sqe.cid(), Status::TRANSIENT_TRANSPORT_ERROR, 0);
-            return Ok(());
-        }
-        if qid == 0 {
-            self.on_admin_command(sqe, data)
-        } else {
-            self.on_io_command(sqe, data)
-        }
-    }
-
-    /// Answers a command with a status and dwords 0 and 1, and takes it off the queue.
-    pub fn complete(&mut self, cid: u16, status: Status, result: u64) {
-        let head = self.retire(cid);
-        let qid = self.queue.as_ref().map_or(0, |q| q.id);
-        let completion = Completion {
-            cid,
-            status,
-            result,
-            sqhd: head,
-        };
-        self.format
-            .capsule_resp(&mut self.out.buf, &completion, qid);
-    }
-
-    /// Takes a command off the queue: the head pointer that its completion tells.
-    pub fn retire(&mut self, cid: u16) -> u16 {
-        let Some(queue) = &mut self.queue else {
-            return 0;
-        };
-        let (word, bit) = (usize::from(cid >> 6), 1u64 << (cid & 63));
-        if queue.outstanding[word] & bit != 0 {
-            queue.outstanding[word] &= !bit;
-            queue.outstanding_count -= 1;
-        }
-        queue.head.unwrap_or(0xffff)
-    }
-
-    /// A completion outside of any queue.
-    pub fn bare_completion(&mut self, cid: u16, status: Status) {
-        let completion = Completion {
-            cid,
-            status,
-            result: 0,
-            sqhd: 0,
-        };
-        self.format.capsule_resp(&mut self.out.buf, &completion, 0);
-    }
-
-    /// Answers a command that reads with its data.
-    pub fn complete_with(&mut self, cid: u16, data: &[u8], status: Status, result: u64) {
-        if status.is_success() && !data.is_empty() {
-            let size = (self.transport.c2h_size.max(4) & !3) as usize;
-            let mut offset = 0;
-            for part in data.chunks(size) {
-                let last = offset + part.len() == data.len();
-                let flags = if last { pdu::LAST } else { 0 };
-                self.format.c2h_data(
-                    &mut self.out.buf,
-                    cid,
-                    offset as u32,
-                    part.len() as u32,
-                    flags,
-                );
-                self.out.buf.extend_from_slice(part);
-                self.format.data_digest(&mut self.out.buf, part.len());
-                offset += part.len();
-            }
-        }
-        self.complete(cid, status, result);
     }
 }

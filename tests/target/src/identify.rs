@@ -160,9 +160,11 @@ fn controller_data(c: &Controller) -> Vec<u8> {
 fn nvm_controller_data(c: &Controller) -> Vec<u8> {
     let mut b = zeros();
     let o = &c.options;
-    // WZSL at 1: as MDTS; DMRL at 2: ranges a Dataset Management command.
-    b[1] = o.mdts;
-    b[2] = 255;
+    // WZSL, DMRL, DMRSL, DMSL: what Write Zeroes and Dataset Management are limited to; 0: not.
+    b[1] = o.wzsl;
+    b[3] = o.dmrl;
+    put(&mut b, 4, &o.dmrsl.to_le_bytes());
+    put(&mut b, 8, &o.dmsl.to_le_bytes());
     b
 }
 

@@ -3,6 +3,9 @@
 use std::sync::Arc;
 
 use crate::connection::{Connection, End, Flow};
+use crate::faults::Chosen;
+use crate::journal::Execution;
+use crate::reservation::Access;
 use crate::status::Status;
 use crate::subsystem::{AnaState, Namespace};
 use crate::wire::{FatalErrorStatus, SGL_IN_CAPSULE, SGL_TRANSPORT, Sqe, op, pdu, u16_at, u32_at};
@@ -20,9 +23,17 @@ pub(crate) struct IoQueue {
 
 /// A namespace as this path reaches it.
 #[derive(Clone)]
-struct Reach {
-    namespace: Arc<Namespace>,
+pub(crate) struct Reach {
+    pub namespace: Arc<Namespace>,
     ana: AnaState,
+}
+
+/// What is left to do for a command that did not fail.
+pub(crate) enum Next {
+    /// It is to be completed.
+    Complete,
+    /// It is answered, or will be.
+    Answered,
 }
 
 /// A command whose data is on its way from the host.
@@ -35,6 +46,15 @@ pub(crate) struct Transfer {
     r2ts: Vec<R2t>,
     /// False once a data digest did not match.
     intact: bool,
+    /// What goes wrong with its completion.
+    pub fault: Option<Chosen>,
+}
+
+impl Transfer {
+    /// Bytes of the command's data.
+    pub fn len(&self) -> u32 {
+        self.buf.len() as u32
+    }
 }
 
 /// An R2T that is not yet answered in full.
@@ -46,10 +66,10 @@ struct R2t {
 }
 
 /// A command's range in bytes of the store.
-struct Extent {
-    namespace: Arc<Namespace>,
-    offset: u64,
-    len: usize,
+pub(crate) struct Extent {
+    pub namespace: Arc<Namespace>,
+    pub offset: u64,
+    pub len: usize,
 }
 
 impl Connection {
@@ -60,20 +80,39 @@ impl Connection {
                 queue.controller.heard();
             }
         }
+        // ONCS: what is not offered is not taken.
+        let oncs = self.queue.as_ref().map_or(0, |q| q.controller.options.oncs);
+        let offered = match sqe.opcode() {
+            op::DATASET_MANAGEMENT => oncs & 1 << 2 != 0,
+            op::WRITE_ZEROES => oncs & 1 << 3 != 0,
+            0x0d..=0x15 => oncs & 1 << 5 != 0,
+            _ => true,
+        };
         let result = match sqe.opcode() {
+            _ if !offered => Err(Status::INVALID_OPCODE.dnr()),
             op::READ => self.read(&sqe),
-            op::WRITE => self.write(&sqe, data),
-            op::FLUSH => self.flush(&sqe),
+            op::FLUSH => self
+                .reach(sqe.nsid())
+                .and_then(|r| self.allowed(&r, Access::Write)),
+            op::WRITE_ZEROES => self.write_zeroes(&sqe),
+            op::RESERVATION_REPORT => self.reservation_report(&sqe),
+            op::WRITE
+            | op::DATASET_MANAGEMENT
+            | op::RESERVATION_REGISTER
+            | op::RESERVATION_ACQUIRE
+            | op::RESERVATION_RELEASE => self.take_data(&sqe, data),
             _ => Err(Status::INVALID_OPCODE.dnr()),
         };
-        if let Err(status) = result {
-            self.complete(sqe.cid(), status, 0);
+        match result {
+            Ok(Next::Complete) => self.complete(sqe.cid(), Status::SUCCESS, 0),
+            Ok(Next::Answered) => {}
+            Err(status) => self.complete(sqe.cid(), status, 0),
         }
         Ok(())
     }
 
     /// The namespace of a command, as this path reaches it.
-    fn reach(&mut self, nsid: u32) -> Result<Reach, Status> {
+    pub fn reach(&mut self, nsid: u32) -> Result<Reach, Status> {
         let Some(queue) = &self.queue else {
             return Err(Status::INTERNAL_ERROR);
         };
@@ -107,8 +146,10 @@ impl Connection {
     }
 
     /// The range of a command that names blocks; `transfers`: it moves them, so MDTS bounds it.
-    fn extent(&mut self, sqe: &Sqe, transfers: bool) -> Result<Extent, Status> {
-        let namespace = self.reach(sqe.nsid())?.namespace;
+    pub fn extent(&mut self, sqe: &Sqe, access: Access, transfers: bool) -> Result<Extent, Status> {
+        let reach = self.reach(sqe.nsid())?;
+        self.allowed(&reach, access)?;
+        let namespace = reach.namespace;
         let (slba, blocks) = (sqe.slba(), sqe.blocks());
         let end = slba
             .checked_add(blocks)
@@ -128,8 +169,22 @@ impl Connection {
         })
     }
 
-    fn read(&mut self, sqe: &Sqe) -> Result<(), Status> {
-        let extent = self.extent(sqe, true)?;
+    /// What reservations and write protection have to say.
+    pub fn allowed(&self, reach: &Reach, access: Access) -> Result<Next, Status> {
+        let namespace = &reach.namespace;
+        if let Some(queue) = &self.queue {
+            if !namespace
+                .reservations
+                .allows(&queue.controller.host_id, access)
+            {
+                return Err(Status::RESERVATION_CONFLICT.dnr());
+            }
+        }
+        Ok(Next::Complete)
+    }
+
+    fn read(&mut self, sqe: &Sqe) -> Result<Next, Status> {
+        let extent = self.extent(sqe, Access::Read, true)?;
         let (kind, len) = sqe.sgl();
         if kind != SGL_TRANSPORT {
             return Err(Status::SGL_TYPE_INVALID.dnr());
@@ -144,64 +199,134 @@ impl Connection {
         let success = self.transport.c2h_success && !flow_controlled;
         let size = (self.transport.c2h_size.max(4) & !3) as usize;
         let format = self.format;
+        let execution = self.execution(sqe);
         let out = &mut self.out.buf;
-        let mut at = 0;
-        while at < extent.len {
-            let part = size.min(extent.len - at);
-            let last = at + part == extent.len;
-            let mut flags = if last { pdu::LAST } else { 0 };
-            if last && success {
-                flags |= pdu::SUCCESS;
-            }
-            format.c2h_data(out, cid, at as u32, part as u32, flags);
-            extent
-                .namespace
-                .store
-                .read_to(extent.offset + at as u64, part, out, || ());
-            format.data_digest(out, part);
-            at += part;
-        }
+        let shared = &self.shared;
+        let place = extent
+            .namespace
+            .store
+            .with(extent.offset, extent.len, |bytes| {
+                let mut at = 0;
+                for part in bytes.chunks(size) {
+                    let last = at + part.len() == bytes.len();
+                    let mut flags = if last { pdu::LAST } else { 0 };
+                    if last && success {
+                        flags |= pdu::SUCCESS;
+                    }
+                    format.c2h_data(out, cid, at as u32, part.len() as u32, flags);
+                    out.extend_from_slice(part);
+                    format.data_digest(out, part.len());
+                    at += part.len();
+                }
+                execution.map(|e| {
+                    shared.journal.executed(Execution {
+                        crc: crc32c::crc32c(bytes),
+                        ..e
+                    })
+                })
+            });
+        self.journaled(cid, place);
         if success {
             self.retire(cid);
-        } else {
-            self.complete(cid, Status::SUCCESS, 0);
+            self.answered(cid);
+            return Ok(Next::Answered);
         }
-        Ok(())
+        Ok(Next::Complete)
     }
 
-    fn write(&mut self, sqe: &Sqe, data: &[u8]) -> Result<(), Status> {
-        let extent = self.extent(sqe, true)?;
-        if extent.namespace.write_protected() {
-            return Err(Status::WRITE_PROTECTED.dnr());
-        }
+    /// A command that the host sends data with: in its capsule, or by R2T.
+    fn take_data(&mut self, sqe: &Sqe, data: &[u8]) -> Result<Next, Status> {
         let (kind, len) = sqe.sgl();
-        if len as usize != extent.len {
-            return Err(Status::DATA_SGL_LENGTH_INVALID.dnr());
-        }
+        // What is known to fail does not need its data.
+        self.check_data(sqe, len as usize)?;
         match kind {
             SGL_IN_CAPSULE => {
                 if sqe.u64(24) != 0 {
                     return Err(Status::SGL_OFFSET_INVALID.dnr());
                 }
-                if data.len() != extent.len {
+                if data.len() != len as usize {
                     return Err(Status::DATA_SGL_LENGTH_INVALID.dnr());
                 }
-                extent.namespace.store.write(extent.offset, data, || ());
-                self.complete(sqe.cid(), Status::SUCCESS, 0);
-                Ok(())
+                self.execute_with(sqe, data)?;
+                Ok(Next::Complete)
             }
             SGL_TRANSPORT => {
                 self.begin_transfer(sqe, len);
-                Ok(())
+                Ok(Next::Answered)
             }
             _ => Err(Status::SGL_TYPE_INVALID.dnr()),
         }
     }
 
-    fn flush(&mut self, sqe: &Sqe) -> Result<(), Status> {
-        self.reach(sqe.nsid())?;
-        self.complete(sqe.cid(), Status::SUCCESS, 0);
+    /// Checks a command that comes with `len` bytes of data.
+    fn check_data(&mut self, sqe: &Sqe, len: usize) -> Result<(), Status> {
+        let (needed, most) = match sqe.opcode() {
+            op::WRITE => {
+                let extent = self.writable(sqe, true)?;
+                (extent.len, extent.len)
+            }
+            // A host may send more than the ranges that it names.
+            op::DATASET_MANAGEMENT => ((usize::from(sqe.u8(40)) + 1) * 16, 4096),
+            op::RESERVATION_RELEASE => (8, 4096),
+            _ => (16, 4096),
+        };
+        if len < needed || len > most {
+            return Err(Status::DATA_SGL_LENGTH_INVALID.dnr());
+        }
         Ok(())
+    }
+
+    /// The range of a command that changes blocks.
+    pub fn writable(&mut self, sqe: &Sqe, transfers: bool) -> Result<Extent, Status> {
+        let extent = self.extent(sqe, Access::Write, transfers)?;
+        if extent.namespace.write_protected() {
+            return Err(Status::WRITE_PROTECTED.dnr());
+        }
+        Ok(extent)
+    }
+
+    /// Executes a command whose data is there.
+    fn execute_with(&mut self, sqe: &Sqe, data: &[u8]) -> Result<(), Status> {
+        match sqe.opcode() {
+            op::WRITE => {
+                // The namespace may have changed since the command came.
+                let extent = self.writable(sqe, true)?;
+                if extent.len != data.len() {
+                    return Err(Status::DATA_SGL_LENGTH_INVALID.dnr());
+                }
+                let execution = self.execution(sqe);
+                let mut place = None;
+                extent.namespace.store.write(extent.offset, data, || {
+                    let crc = || crc32c::crc32c(data);
+                    place = execution
+                        .map(|e| self.shared.journal.executed(Execution { crc: crc(), ..e }));
+                });
+                self.journaled(sqe.cid(), place);
+                Ok(())
+            }
+            op::DATASET_MANAGEMENT => self.deallocate(sqe, data),
+            _ => self.reservation_command(sqe, data),
+        }
+    }
+
+    /// What the journal says of a command, if one is kept.
+    pub fn execution(&self, sqe: &Sqe) -> Option<Execution> {
+        if !self.shared.journal.is_on() {
+            return None;
+        }
+        let queue = self.queue.as_ref()?;
+        Some(Execution {
+            opcode: sqe.opcode(),
+            port: self.port.id(),
+            cntlid: queue.controller.id,
+            qid: queue.id,
+            cid: sqe.cid(),
+            nsid: sqe.nsid(),
+            slba: sqe.slba(),
+            blocks: sqe.blocks(),
+            crc: 0,
+            answered: false,
+        })
     }
 
     /// Asks the host for a command's data.
@@ -216,6 +341,7 @@ impl Connection {
             received: 0,
             r2ts: Vec::new(),
             intact: true,
+            fault: None,
         };
         self.transfers.insert(sqe.cid(), transfer);
         self.ask(sqe.cid());
@@ -283,31 +409,24 @@ impl Connection {
         let Some(transfer) = self.transfers.remove(&cid) else {
             return Ok(());
         };
-        let status = self.finish_transfer(&transfer);
+        let result = if transfer.intact {
+            self.execute_with(&transfer.sqe, &transfer.buf)
+        } else {
+            Err(Status::TRANSIENT_TRANSPORT_ERROR)
+        };
+        let status = result.err().unwrap_or(Status::SUCCESS);
         if self.io.spare.len() < 64 {
             self.io.spare.push(transfer.buf);
         }
-        self.complete(cid, status, 0);
-        Ok(())
-    }
-
-    /// All data is there: the command is executed.
-    fn finish_transfer(&mut self, transfer: &Transfer) -> Status {
-        if !transfer.intact {
-            return Status::TRANSIENT_TRANSPORT_ERROR;
+        match transfer.fault {
+            None => {
+                self.complete(cid, status, 0);
+                Ok(())
+            }
+            Some(chosen) => {
+                let ((), captured) = self.capture(|connection| connection.complete(cid, status, 0));
+                self.distort(chosen, cid, captured)
+            }
         }
-        // The namespace may have changed since the command came.
-        let extent = match self.extent(&transfer.sqe, true) {
-            Ok(extent) => extent,
-            Err(status) => return status,
-        };
-        if extent.namespace.write_protected() {
-            return Status::WRITE_PROTECTED.dnr();
-        }
-        extent
-            .namespace
-            .store
-            .write(extent.offset, &transfer.buf, || ());
-        Status::SUCCESS
     }
 }

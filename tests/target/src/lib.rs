@@ -23,18 +23,25 @@
 
 mod admin;
 mod build;
+mod commands;
 mod connect;
 mod connection;
 mod controller;
 mod counters;
+mod deallocate;
 mod discovery;
+mod faults;
 mod identify;
 mod io_queue;
+mod journal;
+mod late;
 mod link;
 mod logs;
+mod misbehave;
 mod options;
 mod output;
 mod port;
+mod reservation;
 mod status;
 mod store;
 mod stream;
@@ -45,6 +52,8 @@ mod wire;
 
 pub use counters::Snapshot;
 pub use discovery::DISCOVERY_NQN;
+pub use faults::{Fault, Faults, On, Rule, RuleId};
+pub use journal::Execution;
 pub use options::{
     ControllerOptions, Identity, NamespaceOptions, NamespaceSpec, PortSpec, SubsystemSpec,
     TransportOptions,

@@ -6,6 +6,7 @@ use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use crate::status::Status;
 use crate::sync::Locked;
@@ -18,6 +19,8 @@ pub(crate) enum Mail {
     Complete { cid: u16, status: Status },
     /// Look at the controller's events.
     Events,
+    /// Leave the socket alone for a time.
+    Stall(Duration),
     /// Send C2HTermReq.
     Terminate(FatalErrorStatus),
 }
@@ -30,8 +33,8 @@ pub(crate) struct Link {
     bell: File,
     rung: AtomicBool,
     mail: Mutex<Vec<Mail>>,
-    /// Commands that are never answered on their own: an Abort may end them (true) or not (false).
-    pub held: Mutex<Vec<(u16, bool)>>,
+    /// Commands that are never answered on their own, and that an Abort may end.
+    held: Mutex<Vec<u16>>,
 }
 
 impl Link {
@@ -62,6 +65,28 @@ impl Link {
     pub fn send(&self, mail: Mail) {
         self.mail.locked().push(mail);
         self.ring();
+    }
+
+    /// A command is not answered on its own.
+    pub fn hold(&self, cid: u16, abortable: bool) {
+        if abortable {
+            self.held.locked().push(cid);
+        }
+    }
+
+    /// Ends a command that is held; false if there is none that could be ended.
+    pub fn abort(&self, cid: u16) -> bool {
+        let mut held = self.held.locked();
+        let Some(at) = held.iter().position(|&held| held == cid) else {
+            return false;
+        };
+        held.swap_remove(at);
+        drop(held);
+        self.send(Mail::Complete {
+            cid,
+            status: Status::ABORT_REQUESTED,
+        });
+        true
     }
 
     /// Wakes the connection's thread.

@@ -66,10 +66,20 @@ pub struct ControllerOptions {
     pub enforce_queue_grant: bool,
     /// MDTS: a power of two in units of 4096 bytes; 0: no limit.
     pub mdts: u8,
+    /// WZSL: what Write Zeroes is limited to, a power of two in units of 4096 bytes; 0: no limit.
+    pub wzsl: u8,
+    /// DMRL: ranges of a Dataset Management command; 0: not said.
+    pub dmrl: u8,
+    /// DMRSL: logical blocks of one range; 0: not said.
+    pub dmrsl: u32,
+    /// DMSL: logical blocks of all ranges of a command; 0: not said.
+    pub dmsl: u64,
     /// Bytes of in-capsule data that an I/O queue takes (IOCCSZ); a multiple of 16.
     pub in_capsule: u32,
     /// KAS: granularity of the keep-alive timer in units of 100 ms; 0: keep-alive is not supported.
     pub kas: u16,
+    /// The loss of an I/O queue's connection ends the association, as without individual queue deletion.
+    pub io_loss_ends_association: bool,
     /// The keep-alive timer ends an association when it expires.
     pub enforce_keep_alive: bool,
     /// CTRATT.TBKAS: any command restarts the keep-alive timer.
@@ -111,8 +121,13 @@ impl Default for ControllerOptions {
             max_io_queues: 64,
             enforce_queue_grant: true,
             mdts: 8,
+            wzsl: 0,
+            dmrl: 0,
+            dmrsl: 0,
+            dmsl: 0,
             in_capsule: 8192,
             kas: 1,
+            io_loss_ends_association: false,
             enforce_keep_alive: true,
             traffic_based_keep_alive: false,
             aerl: 3,

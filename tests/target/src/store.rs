@@ -63,18 +63,12 @@ impl Store {
         offset as usize
     }
 
-    /// Appends `len` bytes from `offset` to `to`; `under` runs while the range is locked.
-    pub fn read_to(&self, offset: u64, len: usize, to: &mut Vec<u8>, under: impl FnOnce()) {
+    /// Runs `each` on the bytes of the range, under its lock.
+    pub fn with<T>(&self, offset: u64, len: usize, each: impl FnOnce(&[u8]) -> T) -> T {
         let at = self.check(offset, len);
         let _guard = self.shared(offset, len);
-        under();
-        to.reserve(len);
-        // SAFETY: the range is inside the mapping, locked against writers; `to` has room for it, and the two do
-        // not overlap because `to` owns its memory.
-        unsafe {
-            std::ptr::copy_nonoverlapping(self.base.add(at), to.as_mut_ptr().add(to.len()), len);
-            to.set_len(to.len() + len);
-        }
+        // SAFETY: inside the mapping, and locked against writers while the slice lives.
+        each(unsafe { std::slice::from_raw_parts(self.base.add(at), len) })
     }
 
     /// Writes `data` at `offset`; `under` runs while the range is locked.

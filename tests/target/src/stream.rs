@@ -34,4 +34,32 @@ impl Stream {
             Self::Plain(s) => drop(s.shutdown(std::net::Shutdown::Write)),
         }
     }
+
+    /// Makes the end of the stream a reset (RST): what waits in the socket is thrown away.
+    pub fn reset(&mut self) {
+        let linger = libc::linger {
+            l_onoff: 1,
+            l_linger: 0,
+        };
+        // SAFETY: a valid descriptor, and a structure of the size that is told.
+        unsafe {
+            libc::setsockopt(
+                self.fd(),
+                libc::SOL_SOCKET,
+                libc::SO_LINGER,
+                (&raw const linger).cast(),
+                size_of::<libc::linger>() as libc::socklen_t,
+            );
+            // The descriptor has a clone that others may still hold: disconnecting is what resets at once.
+            let nobody = libc::sockaddr {
+                sa_family: libc::AF_UNSPEC as libc::sa_family_t,
+                sa_data: [0; 14],
+            };
+            libc::connect(
+                self.fd(),
+                &raw const nobody,
+                size_of::<libc::sockaddr>() as libc::socklen_t,
+            );
+        }
+    }
 }

@@ -9,6 +9,7 @@ use crate::controller::Controller;
 use crate::link::Mail;
 use crate::options::{ControllerOptions, Identity, NamespaceOptions, NamespaceSpec, SubsystemSpec};
 use crate::port::Port;
+use crate::reservation::Reservations;
 use crate::store::Store;
 use crate::sync::{Locked, ReadWrite};
 use crate::wire::FatalErrorStatus;
@@ -55,6 +56,7 @@ pub struct Namespace {
     port_identity: Mutex<HashMap<u16, Identity>>,
     options: Mutex<NamespaceOptions>,
     write_protected: AtomicBool,
+    pub(crate) reservations: Reservations,
     pub(crate) store: Store,
 }
 
@@ -72,6 +74,7 @@ impl Namespace {
             port_identity: Mutex::default(),
             write_protected: AtomicBool::new(spec.layout.write_protected),
             options: Mutex::new(spec.layout.clone()),
+            reservations: Reservations::default(),
             store: Store::new(room)?,
         })
     }
@@ -105,9 +108,7 @@ impl Namespace {
 
     /// Reads `len` bytes of its memory, past all protocol. Panics where the namespace never was.
     pub fn read(&self, offset: u64, len: usize) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(len);
-        self.store.read_to(offset, len, &mut bytes, || ());
-        bytes
+        self.store.with(offset, len, <[u8]>::to_vec)
     }
     /// Writes its memory, past all protocol. Panics where the namespace never was.
     pub fn write(&self, offset: u64, data: &[u8]) {

@@ -7,11 +7,14 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use crate::connection::Connection;
 use crate::counters::{Counters, Snapshot};
 use crate::discovery;
-use crate::link::Link;
+use crate::faults::Faults;
+use crate::journal::{Execution, Journal};
+use crate::link::{Link, Mail};
 use crate::options::{NamespaceSpec, PortSpec, SubsystemSpec};
 pub use crate::port::Port;
 use crate::subsystem::Subsystem;
@@ -30,6 +33,8 @@ pub(crate) struct Shared {
     pub subsystems: Vec<Arc<Subsystem>>,
     pub ports: Vec<Arc<Port>>,
     pub counters: Counters,
+    pub faults: Faults,
+    pub journal: Journal,
     stopping: AtomicBool,
     connections: Mutex<HashMap<u64, Served>>,
     next_connection: AtomicU64,
@@ -171,6 +176,8 @@ impl Builder {
             subsystems,
             ports,
             counters: Counters::default(),
+            faults: Faults::default(),
+            journal: Journal::default(),
             stopping: AtomicBool::new(false),
             connections: Mutex::default(),
             next_connection: AtomicU64::new(0),
@@ -227,6 +234,24 @@ impl Target {
     /// What was counted until now.
     pub fn counters(&self) -> Snapshot {
         self.shared.counters.snapshot()
+    }
+    /// The script of its misbehaviour.
+    pub fn faults(&self) -> &Faults {
+        &self.shared.faults
+    }
+    /// Begins, or ends, to keep the list of what is executed.
+    pub fn keep_journal(&self, on: bool) {
+        self.shared.journal.switch(on);
+    }
+    /// What was executed while the list was kept, in the order that it took effect.
+    pub fn journal(&self) -> Vec<Execution> {
+        self.shared.journal.entries()
+    }
+    /// Leaves all sockets alone for a time: nothing is read or sent.
+    pub fn stall(&self, time: Duration) {
+        for link in self.shared.links() {
+            link.send(Mail::Stall(time));
+        }
     }
     /// TCP connections that are served now.
     pub fn connections(&self) -> usize {
