@@ -9,6 +9,7 @@ use log::{info, warn};
 use thiserror::Error;
 
 use crate::block::crypt::{KeySource, KeySpec};
+use crate::block::nvme_tcp::spec::{IoPolicy, NvmeOptions};
 use crate::block::{self, Disk, DiskSpec, HandedFiles};
 use crate::config::{self, BackingCache, CacheMode, Config, DiskConfig, WorkersConfig};
 use crate::daemon::{
@@ -53,6 +54,17 @@ pub enum AssemblyError {
         name: String,
         /// Why.
         source: SerialError,
+    },
+    /// Two disks are one namespace, by two names.
+    #[error(
+        "disk {name:?}: its remote namespace is also that of disk {other:?}: two disks would overwrite each other; \
+         make both read-only, or give one an overlay of its own"
+    )]
+    SameNamespace {
+        /// The second disk.
+        name: String,
+        /// The first one.
+        other: String,
     },
     /// No thread, io_uring or signal handling from the kernel.
     #[error("{operation}: {source}")]
@@ -101,9 +113,11 @@ fn start(
     let plane =
         Dataplane::start(&plane_config(&config.workers)).map_err(system("starting the workers"))?;
     let mut endpoints = Vec::with_capacity(config.disks.len());
+    let mut namespaces = Namespaces::default();
     for disk in &config.disks {
         let handed = predecessor.map(|predecessor| predecessor.images_of(&disk.name));
         let device = open_device_with(&plane, disk, handed.unwrap_or_default())?;
+        namespaces.add(disk, &device)?;
         info!(
             "disk {:?}: {}; {} queues of up to {}, {} workers, serial {:?}",
             disk.name,
@@ -111,7 +125,7 @@ fn start(
             disk.num_queues,
             disk.queue_size,
             plane.workers(),
-            disk.serial,
+            device.serial(),
         );
         endpoints.push(DiskEndpoint {
             name: disk.name.clone(),
@@ -128,6 +142,30 @@ fn start(
         None => Daemon::new(endpoints, &options)?,
         Some(predecessor) => Daemon::take_over(predecessor, endpoints, &options)?,
     })
+}
+
+/// The namespaces that are the disks of this process, by what they say of themselves: one may have several names.
+#[derive(Debug, Default)]
+struct Namespaces(Vec<([u8; 16], String, bool)>);
+
+impl Namespaces {
+    /// Refuses a namespace that two disks would write to. Of files their locks tell.
+    fn add(&mut self, disk: &DiskConfig, device: &BlkDevice) -> Result<(), AssemblyError> {
+        let Some(identity) = device.remote_identity() else {
+            return Ok(());
+        };
+        let same = self.0.iter().filter(|(other, ..)| *other == identity);
+        for (_, other, read_only) in same {
+            if !(disk.read_only && *read_only) {
+                return Err(AssemblyError::SameNamespace {
+                    name: disk.name.clone(),
+                    other: other.clone(),
+                });
+            }
+        }
+        self.0.push((identity, disk.name.clone(), disk.read_only));
+        Ok(())
+    }
 }
 
 /// A VMM may share its memory in hundreds of regions, each with a file of its own.
@@ -192,17 +230,25 @@ fn open_device_with(
             source,
         })?;
     let what = image.limits();
+    let block_size = disk.block_size.unwrap_or_else(|| image.block_size());
+    if image.remote_identity().is_some() && block_size < what.logical_block {
+        warn!(
+            "disk {name:?}: blocks of {block_size} bytes, as told, on a namespace that has blocks of {}: smaller \
+             writes read what stands around them first",
+            what.logical_block
+        );
+    }
     let limits = DeviceLimits {
         capacity_bytes: image.size(),
         read_only: disk.read_only,
-        block_size: disk.block_size,
+        block_size,
         max_discard_bytes: if what.can_discard {
             what.max_discard
         } else {
             0
         },
         max_discard_segments: MAX_RANGES,
-        discard_alignment: what.discard_granularity.max(disk.block_size),
+        discard_alignment: what.discard_granularity.max(block_size),
         max_write_zeroes_bytes: what.max_write_zeroes,
         max_write_zeroes_segments: MAX_RANGES,
         write_zeroes_may_unmap: what.write_zeroes_may_unmap,
@@ -211,14 +257,19 @@ fn open_device_with(
         warn!(
             "disk {name:?}: {} bytes are no whole number of blocks of {}: the guest sees {} bytes",
             image.size(),
-            disk.block_size,
+            block_size,
             limits.usable_capacity()
         );
     }
+    // What a target says of itself may be anything.
+    let physical = match what.physical_block {
+        bytes if bytes.is_power_of_two() && bytes / block_size <= u32::from(u16::MAX) => bytes,
+        _ => block_size,
+    };
     let topology = Topology {
-        physical_block_size: what.physical_block.max(disk.block_size),
-        min_io_size: what.physical_block.max(disk.block_size),
-        opt_io_size: what.optimal_io,
+        physical_block_size: physical.max(block_size),
+        min_io_size: physical.max(block_size),
+        opt_io_size: what.optimal_io / block_size * block_size,
     };
     let write_through = disk.cache == CacheMode::Writethrough;
     let config = DeviceConfig::new(
@@ -232,9 +283,10 @@ fn open_device_with(
         name: name.clone(),
         source,
     })?;
+    let serial = serial(disk, &image);
     let settings = DeviceSettings {
         name: name.clone(),
-        id: DeviceId::new(&disk.serial).map_err(|source| AssemblyError::Serial {
+        id: DeviceId::new(&serial).map_err(|source| AssemblyError::Serial {
             name: name.clone(),
             source,
         })?,
@@ -246,9 +298,18 @@ fn open_device_with(
     Ok(BlkDevice::new(plane.clone(), image, settings, config))
 }
 
+/// What the guest finds its disk by: of a namespace, 64 bits of a hash of what it says of itself, which is the same
+/// over every path and on every host.
+fn serial(disk: &DiskConfig, image: &Disk) -> String {
+    let identity = image.remote_identity().unwrap_or_default();
+    let made = || format!("nvme{:016x}", config::parse::fnv1a(&identity));
+    disk.serial.clone().unwrap_or_else(made)
+}
+
 fn spec(disk: &DiskConfig, handed: Arc<HandedFiles>) -> DiskSpec {
     let source = match &disk.source {
         config::Source::File { path } => block::Source::File { path: path.clone() },
+        config::Source::Nvme(uri) => block::Source::Nvme(uri.clone()),
         config::Source::Null { size } => block::Source::Null { size: *size },
     };
     let format = match disk.format {
@@ -272,6 +333,9 @@ fn spec(disk: &DiskConfig, handed: Arc<HandedFiles>) -> DiskSpec {
             config::OnDirty::Refuse => block::OnDirty::Refuse,
         },
         allow_paths: disk.allow_paths.clone(),
+        allow_remote: disk.allow_remote.clone(),
+        nvme: Arc::new(disk.nvme.as_ref().map(nvme_options).unwrap_or_default()),
+        copy_on_read: disk.copy_on_read,
         l2_cache_bytes: disk.l2_cache_size,
         data_file: disk.data_file.clone(),
         keys: disk.keys.iter().map(key).collect(),
@@ -280,15 +344,44 @@ fn spec(disk: &DiskConfig, handed: Arc<HandedFiles>) -> DiskSpec {
     }
 }
 
-/// To be called once for each key: a descriptor is taken over.
 fn key(key: &config::KeyConfig) -> KeySpec {
     KeySpec {
         image: key.image.clone(),
-        source: match &key.source {
-            config::KeySource::File(path) => KeySource::File(path.clone()),
-            config::KeySource::Fd(fd) => KeySource::Fd(Arc::new(own(*fd).into())),
-            config::KeySource::Keyring(name) => KeySource::Keyring(name.clone()),
+        source: key_source(&key.source),
+    }
+}
+
+/// To be called once for each: a descriptor is taken over.
+fn key_source(source: &config::KeySource) -> KeySource {
+    match source {
+        config::KeySource::File(path) => KeySource::File(path.clone()),
+        config::KeySource::Fd(fd) => KeySource::Fd(Arc::new(own(*fd).into())),
+        config::KeySource::Keyring(name) => KeySource::Keyring(name.clone()),
+    }
+}
+
+/// How namespaces are connected. To be called once: descriptors of secrets are taken over.
+pub fn nvme_options(nvme: &config::NvmeConfig) -> NvmeOptions {
+    NvmeOptions {
+        host_nqn: nvme.host_nqn.clone(),
+        host_id: nvme.host_id,
+        header_digest: nvme.header_digest,
+        data_digest: nvme.data_digest,
+        queue_depth: nvme.queue_depth,
+        keep_alive: nvme.keep_alive,
+        connect_timeout: nvme.connect_timeout,
+        io_timeout: nvme.io_timeout,
+        reconnect_delay: nvme.reconnect_delay,
+        ctrl_loss: nvme.ctrl_loss_tmo,
+        fast_io_fail: nvme.fast_io_fail_tmo,
+        policy: match nvme.io_policy {
+            config::IoPolicy::QueueDepth => IoPolicy::QueueDepth,
+            config::IoPolicy::RoundRobin => IoPolicy::RoundRobin,
         },
+        dhchap_secret: nvme.dhchap_secret.as_ref().map(key_source),
+        dhchap_ctrl_secret: nvme.dhchap_ctrl_secret.as_ref().map(key_source),
+        tls_key: nvme.tls_key.as_ref().map(key_source),
+        reservations: nvme.reservations,
     }
 }
 

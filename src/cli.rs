@@ -10,8 +10,9 @@ use std::path::PathBuf;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::args::{DiskArgs, ProcessArgs, WorkerArgs};
-use crate::config::{Config, Error, Host, Settings, file};
+use crate::block::nvme_tcp::uri::holds_secret;
+use crate::config::args::{DiscoverArgs, DiskArgs, ProcessArgs, WorkerArgs};
+use crate::config::{Config, Discovery, Error, Host, Settings, file};
 use crate::tools::check::CheckArgs;
 use crate::tools::info::InfoArgs;
 
@@ -28,6 +29,8 @@ pub enum Invocation {
     Check(CheckArgs),
     /// Tell what an image is, and exit.
     Info(InfoArgs),
+    /// Ask a discovery controller for its subsystems, and exit.
+    Discover(Discovery),
 }
 
 /// What to do instead of serving disks.
@@ -37,6 +40,16 @@ pub enum Command {
     Check(CheckArgs),
     /// Tell what an image is, by its header
     Info(InfoArgs),
+    /// Ask about remote disks (NVMe/TCP)
+    #[command(subcommand)]
+    Nvme(NvmeCommand),
+}
+
+/// What to ask about remote disks.
+#[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
+pub enum NvmeCommand {
+    /// Tell which subsystems a discovery controller knows
+    Discover(DiscoverArgs),
 }
 
 /// The whole command line.
@@ -45,7 +58,7 @@ pub enum Command {
     name = "virtioblkd",
     version,
     args_conflicts_with_subcommands = true,
-    about = "A vhost-user block backend: serves raw and qcow2 disks to a KVM/QEMU guest",
+    about = "A vhost-user block backend: serves raw, qcow2 and remote (NVMe/TCP) disks to a KVM/QEMU guest",
     after_help = "One disk is described by options; several, by a file given to --config.\n\
                   Environment: RUST_LOG chooses what is logged, as in env_logger, when \
                   --log-level does not."
@@ -111,12 +124,16 @@ where
     if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
         return Ok(Invocation::PrintCapabilities);
     }
+    refuse_secrets(&args)?;
     let command = CommandLine::command();
     let matches = command.clone().try_get_matches_from(args)?;
     let line = CommandLine::from_arg_matches(&matches)?;
     match line.command {
         Some(Command::Check(args)) => return Ok(Invocation::Check(args)),
         Some(Command::Info(args)) => return Ok(Invocation::Info(args)),
+        Some(Command::Nvme(NvmeCommand::Discover(args))) => {
+            return Discovery::check(&args).map(Invocation::Discover);
+        }
         None => {}
     }
 
@@ -150,6 +167,21 @@ where
         Invocation::CheckConfig(config)
     } else {
         Invocation::Run(config)
+    })
+}
+
+/// Refuses a secret anywhere on the command line, before anything repeats it in an error.
+fn refuse_secrets(args: &[OsString]) -> Result<(), Error> {
+    let texts: Vec<_> = args.iter().map(|arg| arg.to_string_lossy()).collect();
+    let Some(at) = texts.iter().position(|text| holds_secret(text)) else {
+        return Ok(());
+    };
+    let is_option = |text: &&str| text.starts_with("--") && !holds_secret(text);
+    let own = texts[at].split('=').next().filter(is_option);
+    let before = at.checked_sub(1).map(|at| &*texts[at]).filter(is_option);
+    Err(Error::Secret {
+        place: own.or(before).unwrap_or("the command line").to_owned(),
+        readers: "on a command line everybody can read it",
     })
 }
 

@@ -19,6 +19,7 @@ fn main() -> ExitCode {
         }
         Ok(Invocation::Check(args)) => return tools::check::run(&args).into(),
         Ok(Invocation::Info(args)) => return tools::info::run(&args),
+        Ok(Invocation::Discover(discovery)) => return tools::nvme::discover(&discovery),
         Err(error) => error.exit(),
     }
     ExitCode::SUCCESS

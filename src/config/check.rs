@@ -12,6 +12,7 @@ use super::{
     Config, DEFAULT_POLL_MAX, DiskConfig, Error, Host, Key, Listen, Place, PollMode, Settings,
     Source, WorkersConfig, parse,
 };
+use crate::block::nvme_tcp::spec::NamespaceName;
 
 /// A refusal of this value.
 pub(super) fn invalid(
@@ -253,16 +254,27 @@ fn check_workers(
     })
 }
 
-/// What makes two paths the same image: device and inode, or the number of a block device.
-fn identity(source: &Source) -> Option<(bool, u64, u64)> {
-    let Source::File { path } = source else {
-        return None;
+/// What makes two names the same image.
+#[derive(PartialEq, Eq, Hash)]
+enum Identity<'a> {
+    /// Device and inode.
+    File(u64, u64),
+    /// The number of a block device.
+    Device(u64),
+    /// A namespace of a subsystem, wherever that is. It may have other names, too, which only a connection tells.
+    Namespace(&'a str, NamespaceName),
+}
+
+fn identity(source: &Source) -> Option<Identity<'_>> {
+    let path = match source {
+        Source::File { path } => path,
+        Source::Nvme(uri) => return Some(Identity::Namespace(&uri.subsystem, uri.namespace)),
+        Source::Null { .. } => return None,
     };
     let metadata = fs::metadata(path).ok()?;
-    Some(if metadata.file_type().is_block_device() {
-        (true, metadata.rdev(), 0)
-    } else {
-        (false, metadata.dev(), metadata.ino())
+    Some(match metadata.file_type().is_block_device() {
+        true => Identity::Device(metadata.rdev()),
+        false => Identity::File(metadata.dev(), metadata.ino()),
     })
 }
 
@@ -296,11 +308,14 @@ fn refuse_shared(disks: &[DiskConfig], places: &[Place]) -> Result<(), Error> {
         if let Some(other) = sockets.insert(socket.clone(), disk) {
             return Err(shared(key, socket, other, "give each disk its own socket"));
         }
-        for fd in disk.keys.iter().filter_map(super::KeyConfig::fd) {
+        let keys = disk.keys.iter().map(|key| ("key-fd", &key.source));
+        let secrets = disk.nvme.iter().flat_map(super::NvmeConfig::secrets);
+        for (name, source) in keys.chain(secrets) {
             // Read to its end at the start, and closed.
+            let Some(fd) = source.fd() else { continue };
             if let Some(other) = sockets.insert(fd.to_string(), disk) {
                 let instead = "write a descriptor for each key and each socket";
-                return Err(shared("key-fd", fd.to_string(), other, instead));
+                return Err(shared(name, fd.to_string(), other, instead));
             }
         }
         if let Some(identity) = identity(&disk.source) {
@@ -313,9 +328,10 @@ fn refuse_shared(disks: &[DiskConfig], places: &[Place]) -> Result<(), Error> {
                 }
             }
         }
-        if let Some(other) = serials.insert(&disk.serial, disk) {
+        let Some(serial) = &disk.serial else { continue };
+        if let Some(other) = serials.insert(serial, disk) {
             let instead = "give each disk its own serial";
-            return Err(shared("serial", disk.serial.clone(), other, instead));
+            return Err(shared("serial", serial.clone(), other, instead));
         }
     }
     Ok(())

@@ -14,9 +14,12 @@ use super::{
     MAX_QUEUE_SIZE, MAX_SERIAL, MIN_L2_CACHE_SIZE, OnDirty, PassedSocket, Place, Source, host,
     parse,
 };
+use crate::block::nvme_tcp::uri;
 
 /// The longest socket path: `sun_path` of unix(7) less its NUL.
 const MAX_SOCKET_PATH: usize = 107;
+/// What is a block to a guest where nothing else is said, in bytes.
+const DEFAULT_BLOCK_SIZE: u32 = 512;
 /// The longest name of a disk.
 const MAX_NAME: usize = 64;
 
@@ -37,26 +40,35 @@ impl Disk<'_> {
         self.check_name()?;
         let format = args.format.unwrap_or(Format::Raw);
         let block_size = match args.block_size {
-            None | Some(512) => 512,
-            Some(4096) => 4096,
+            None => None,
+            Some(512) => Some(512),
+            Some(4096) => Some(4096),
             Some(other) => {
                 let key = self.place.key("block-size");
                 return Err(invalid(key, other, "is no block size", "write 512 or 4096"));
             }
         };
-        let source = self.check_source(block_size)?;
+        let source = self.check_source(block_size.unwrap_or(DEFAULT_BLOCK_SIZE))?;
+        let block_size = match source {
+            Source::Nvme(_) => block_size,
+            _ => block_size.or(Some(DEFAULT_BLOCK_SIZE)),
+        };
         let allow_paths = self.check_layers(&source, format)?;
+        let allow_remote = self.check_allow_remote()?;
         let l2_cache_size = self.check_l2_cache_size()?;
         let data_file = match &args.data_file {
             Some(path) => Some(absolute(&self.place.key("data-file"), path)?),
             None => None,
         };
         let serial = match &args.serial {
-            Some(serial) => self.check_serial(serial)?,
+            Some(serial) => Some(self.check_serial(serial)?),
             None => default_serial(&source, &self.name),
         };
         Ok(DiskConfig {
             listen: self.check_listen()?,
+            nvme: self.check_nvme(&source, &allow_remote)?,
+            allow_remote,
+            copy_on_read: self.check_copy_on_read()?,
             num_queues: self.check_num_queues()?,
             queue_size: self.check_queue_size()?,
             source,
@@ -123,14 +135,12 @@ impl Disk<'_> {
                 instead,
             ));
         }
-        if text.starts_with("nvme+tcp://") {
-            let instead = "connect the namespace on the host and write its block device, \
-                           such as /dev/nvme1n1";
-            let why = "is a remote namespace, and this version does not speak NVMe/TCP";
-            return Err(invalid(key, &text, why, instead));
+        if uri::is_remote(&text) {
+            return self.check_uri(key, &text);
         }
         if text.contains("://") {
-            let instead = format!("write a path, or null:SIZE{here}");
+            let instead =
+                format!("write a path, nvme+tcp://HOST:PORT/NQN?nsid=N, or null:SIZE{here}");
             return Err(invalid(
                 key,
                 &text,
@@ -161,6 +171,18 @@ impl Disk<'_> {
 
     /// Checks what concerns the files below an image; returns the directories they may be in.
     fn check_layers(&self, source: &Source, format: Format) -> Result<Vec<PathBuf>, Error> {
+        if let Source::Nvme(uri) = source {
+            self.check_namespace(uri, format)?;
+            return match self.unused_without_layers(Format::Raw) {
+                Some(key) => Err(Error::Conflict {
+                    key,
+                    other: source.to_string(),
+                    instead: "a remote disk has no mappings and no backing file; leave it out"
+                        .to_owned(),
+                }),
+                None => Ok(Vec::new()),
+            };
+        }
         let Source::File { path } = source else {
             return match self.unused_without_layers(format) {
                 Some(key) => Err(Error::Conflict {
@@ -227,6 +249,10 @@ impl Disk<'_> {
             Some(self.place.key("on-dirty"))
         } else if !self.args.allow_path.is_empty() {
             Some(self.place.key("allow-path"))
+        } else if !self.args.allow_remote.is_empty() {
+            Some(self.place.key("allow-remote"))
+        } else if self.args.copy_on_read {
+            Some(self.place.key("copy-on-read"))
         } else if self.args.l2_cache_size.is_some() {
             Some(self.place.key("l2-cache-size"))
         } else if self.args.data_file.is_some() {
@@ -459,9 +485,11 @@ impl Disk<'_> {
 }
 
 /// A serial number that stays the same while the image stays where it is, and differs between images:
-/// the beginning of the file's name, for people, and 32 bits of a hash of its path.
-pub(super) fn default_serial(source: &Source, disk: &str) -> String {
+/// the beginning of the file's name, for people, and 32 bits of a hash of its path. A namespace's is made of what it
+/// says of itself.
+pub(super) fn default_serial(source: &Source, disk: &str) -> Option<String> {
     let (label, hash) = match source {
+        Source::Nvme(_) => return None,
         Source::Null { .. } => ("null".to_owned(), parse::fnv1a(disk.as_bytes())),
         Source::File { path } => {
             let stem = path.file_stem().unwrap_or_default().to_string_lossy();
@@ -474,5 +502,5 @@ pub(super) fn default_serial(source: &Source, disk: &str) -> String {
             )
         }
     };
-    format!("{label}-{:08x}", hash as u32)
+    Some(format!("{label}-{:08x}", hash as u32))
 }

@@ -179,6 +179,18 @@ pub enum Error {
         instead: String,
     },
 
+    /// A secret stands where only its place may be said. It is not repeated.
+    #[error(
+        "{place}: a secret stands here itself, and {readers}: put it into a file that only its owner can read, and \
+         write file:PATH"
+    )]
+    Secret {
+        /// The option, or the file and its line.
+        place: String,
+        /// Who can see it there.
+        readers: &'static str,
+    },
+
     /// A file or directory that is named cannot be looked at.
     #[error("{key}: {}: {source}: {instead}", path.display())]
     Path {

@@ -7,6 +7,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::args::{DiskArgs, ProcessArgs, WorkerArgs};
 use super::{Error, LogLevel, Settings, parse};
+use crate::block::nvme_tcp::uri::holds_secret;
 
 /// The keys outside any table.
 const TOP: &[&str] = &["disk", "log-level", "once", "pid-file", "workers"];
@@ -15,10 +16,12 @@ const WORKERS: &[&str] = &["count", "cpus", "poll", "poll-max-us"];
 /// The keys of a `[[disk]]`.
 const DISK: &[&str] = &[
     "allow-path",
+    "allow-remote",
     "backing-cache",
     "blk-file",
     "block-size",
     "cache",
+    "copy-on-read",
     "data-file",
     "fd",
     "fd-name",
@@ -30,6 +33,22 @@ const DISK: &[&str] = &[
     "l2-cache-size",
     "name",
     "num-queues",
+    "nvme-connect-timeout",
+    "nvme-ctrl-loss-tmo",
+    "nvme-data-digest",
+    "nvme-dhchap-ctrl-secret",
+    "nvme-dhchap-secret",
+    "nvme-fast-io-fail-tmo",
+    "nvme-header-digest",
+    "nvme-host-id",
+    "nvme-host-nqn",
+    "nvme-io-policy",
+    "nvme-io-timeout",
+    "nvme-keep-alive",
+    "nvme-queue-depth",
+    "nvme-reconnect-delay",
+    "nvme-reservations",
+    "nvme-tls-key",
     "on-dirty",
     "queue-size",
     "read-only",
@@ -57,7 +76,7 @@ struct File {
 ///
 /// # Errors
 ///
-/// [`Error::Read`], [`Error::Syntax`] (also a value of the wrong type) or [`Error::UnknownKey`].
+/// [`Error::Read`], [`Error::Secret`], [`Error::Syntax`] (also a value of the wrong type) or [`Error::UnknownKey`].
 pub fn read(path: &Path) -> Result<Settings, Error> {
     let text = std::fs::read_to_string(path).map_err(|source| Error::Read {
         path: path.to_owned(),
@@ -68,6 +87,13 @@ pub fn read(path: &Path) -> Result<Settings, Error> {
 
 /// [`read`] for the text of a file.
 pub(crate) fn from_text(path: &Path, text: &str) -> Result<Settings, Error> {
+    // An error of the parser would quote the line.
+    if let Some(at) = text.lines().position(holds_secret) {
+        return Err(Error::Secret {
+            place: format!("{}: line {}", path.display(), at + 1),
+            readers: "a configuration file has more readers than a secret should have",
+        });
+    }
     let syntax = |source| Error::Syntax {
         path: path.to_owned(),
         source: Box::new(source),

@@ -6,6 +6,7 @@ use std::path::Path;
 use super::check::{absolute, invalid};
 use super::disk::Disk;
 use super::{Error, Format, Key, KeyConfig, KeySource};
+use crate::block::nvme_tcp::uri;
 
 /// What stands between an image and its key.
 const KINDS: [&str; 3] = ["=file:", "=fd:", "=keyring:"];
@@ -84,6 +85,14 @@ impl Disk<'_> {
             ));
         };
         let value = &text[at + kind.len()..];
+        if uri::is_remote(text) {
+            return Err(invalid(
+                self.place.key(name),
+                &text[..at],
+                "is a remote namespace",
+                "write key-file, key-fd or key-keyring, whose key is for all images without one of their own",
+            ));
+        }
         let image = absolute(&self.place.key(name), Path::new(&text[..at]))?;
         let source = match kind {
             "=file:" => self.key_file(name, Path::new(value))?,
@@ -96,7 +105,7 @@ impl Disk<'_> {
         })
     }
 
-    fn key_file(&self, name: &'static str, path: &Path) -> Result<KeySource, Error> {
+    pub(super) fn key_file(&self, name: &'static str, path: &Path) -> Result<KeySource, Error> {
         let key = self.place.key(name);
         let path = absolute(&key, path)?;
         match std::fs::metadata(&path) {
@@ -119,7 +128,7 @@ impl Disk<'_> {
         }
     }
 
-    fn key_fd(
+    pub(super) fn key_fd(
         &self,
         name: &'static str,
         fd: RawFd,
@@ -137,7 +146,7 @@ impl Disk<'_> {
         }
     }
 
-    fn keyring(&self, name: &'static str, value: &str) -> Result<KeySource, Error> {
+    pub(super) fn keyring(&self, name: &'static str, value: &str) -> Result<KeySource, Error> {
         if value.is_empty() || value.contains('\0') {
             let key = self.place.key(name);
             let instead = "write the description of a key of type user, or its serial number";
@@ -147,11 +156,11 @@ impl Disk<'_> {
     }
 }
 
-impl KeyConfig {
-    /// The descriptor that it is read from.
+impl KeySource {
+    /// The descriptor that is read.
     pub(super) fn fd(&self) -> Option<RawFd> {
-        match self.source {
-            KeySource::Fd(fd) => Some(fd),
+        match self {
+            Self::Fd(fd) => Some(*fd),
             _ => None,
         }
     }

@@ -15,6 +15,7 @@ mod error;
 pub(crate) mod file;
 mod host;
 mod keys;
+pub mod nvme;
 pub(crate) mod parse;
 mod show;
 #[cfg(test)]
@@ -27,10 +28,12 @@ use std::time::Duration;
 use clap::ValueEnum;
 use serde::Deserialize;
 
+use crate::block::nvme_tcp::uri::{Allowed, Uri};
 use args::{DiskArgs, ProcessArgs, WorkerArgs};
 
 pub use error::{Error, Key, Place};
 pub use host::{Host, PassedSocket, listen_pid};
+pub use nvme::Discovery;
 
 /// Most queues of a disk: a vhost-user message names the queue of a kick, call or error descriptor
 /// in 8 bits (`VHOST_USER_VRING_IDX_MASK` in QEMU's docs/interop/vhost-user.rst).
@@ -109,18 +112,62 @@ pub struct DiskConfig {
     pub num_queues: u16,
     /// Most entries a queue may have, a power of two from 2 to [`MAX_QUEUE_SIZE`].
     pub queue_size: u16,
-    /// The serial number that the guest sees: 1 to [`MAX_SERIAL`] printable ASCII characters.
-    pub serial: String,
-    /// Logical block size in bytes, 512 or 4096.
-    pub block_size: u32,
+    /// The serial number that the guest sees: 1 to [`MAX_SERIAL`] printable ASCII characters. `None`: it is made
+    /// from the identity of the namespace, once that is connected.
+    pub serial: Option<String>,
+    /// Logical block size in bytes, 512 or 4096. `None`: the namespace's, once that is connected.
+    pub block_size: Option<u32>,
     /// The directories that backing and data files may be in: the image's own first, then those that
     /// the user allowed. Absolute, symbolic links resolved. Empty for a raw image and a null device,
     /// which have no such files.
     pub allow_paths: Vec<PathBuf>,
+    /// The remote namespaces that a qcow2 image may name as its backing file.
+    pub allow_remote: Vec<Allowed>,
+    /// How namespaces are connected; `None` where there can be none.
+    pub nvme: Option<NvmeConfig>,
+    /// Keep what is read from below a qcow2 image in the image.
+    pub copy_on_read: bool,
     /// The external data file of a qcow2 image, absolute, if not the one that the image names.
     pub data_file: Option<PathBuf>,
     /// The keys of encrypted images. At most one is for all images, and comes first.
     pub keys: Vec<KeyConfig>,
+}
+
+/// How remote namespaces are connected and treated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NvmeConfig {
+    /// The host's NQN, if not the machine's.
+    pub host_nqn: Option<String>,
+    /// The host's identifier, if not the machine's.
+    pub host_id: Option<[u8; 16]>,
+    /// Headers have checksums.
+    pub header_digest: bool,
+    /// Data has checksums.
+    pub data_digest: bool,
+    /// Commands outstanding on a queue, at most.
+    pub queue_depth: u16,
+    /// How long a controller that hears nothing waits; zero: for ever.
+    pub keep_alive: Duration,
+    /// How long connecting a queue may take.
+    pub connect_timeout: Duration,
+    /// How long a command may take.
+    pub io_timeout: Duration,
+    /// Longest time between two attempts to connect again.
+    pub reconnect_delay: Duration,
+    /// How long a lost controller is tried; `None`: for ever.
+    pub ctrl_loss_tmo: Option<Duration>,
+    /// How long requests are held while no path is usable, not longer than that; `None`: as long as there is hope.
+    pub fast_io_fail_tmo: Option<Duration>,
+    /// Which of several paths.
+    pub io_policy: IoPolicy,
+    /// Where the host's secret for in-band authentication is.
+    pub dhchap_secret: Option<KeySource>,
+    /// Where the controller's is. The host has one, too, then.
+    pub dhchap_ctrl_secret: Option<KeySource>,
+    /// Where the pre-shared key for TLS is.
+    pub tls_key: Option<KeySource>,
+    /// A reservation is held while the namespace is in use.
+    pub reservations: bool,
 }
 
 /// A key of encrypted images.
@@ -174,6 +221,8 @@ pub enum Source {
         /// Its path; absolute, symbolic links kept.
         path: PathBuf,
     },
+    /// A remote namespace.
+    Nvme(Uri),
     /// Nothing: reads give zeros and writes are forgotten.
     Null {
         /// Its size in bytes, a multiple of the block size.
@@ -223,6 +272,16 @@ pub enum BackingCache {
     None,
     /// In its page cache, once for all VMs on one base.
     Writeback,
+}
+
+/// Which of several equally good paths to a namespace a request takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IoPolicy {
+    /// The one with the fewest commands outstanding.
+    QueueDepth,
+    /// One after the other.
+    RoundRobin,
 }
 
 /// When a worker polls instead of sleeping.

@@ -4,7 +4,8 @@ use std::fmt;
 
 use clap::ValueEnum;
 
-use super::{Config, DiskConfig, KeySource, Listen, Source, parse};
+use super::{Config, DiskConfig, KeySource, Listen, NvmeConfig, Source, parse};
+use crate::block::nvme_tcp::uri::show_uuid;
 
 /// A string as TOML's basic string, whose escapes are those of JSON but for DEL.
 fn quoted(text: impl fmt::Display) -> String {
@@ -24,6 +25,7 @@ impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File { path } => write!(f, "{}", path.display()),
+            Self::Nvme(uri) => write!(f, "{uri}"),
             Self::Null { size } => write!(f, "null:{size}"),
         }
     }
@@ -102,6 +104,14 @@ impl fmt::Display for DiskConfig {
             if let Some(path) = &self.data_file {
                 writeln!(f, "data-file = {}", quoted(path.display()))?;
             }
+            if !self.allow_remote.is_empty() {
+                let all: Vec<_> = self.allow_remote.iter().map(quoted).collect();
+                writeln!(f, "allow-remote = [{}]", all.join(", "))?;
+            }
+            writeln!(f, "copy-on-read = {}", self.copy_on_read)?;
+        }
+        if let Some(nvme) = &self.nvme {
+            write!(f, "{nvme}")?;
         }
         let mut of_images = Vec::new();
         for key in &self.keys {
@@ -121,7 +131,50 @@ impl fmt::Display for DiskConfig {
         }
         writeln!(f, "num-queues = {}", self.num_queues)?;
         writeln!(f, "queue-size = {}", self.queue_size)?;
-        writeln!(f, "serial = {}", quoted(&self.serial))?;
-        writeln!(f, "block-size = {}", self.block_size)
+        match &self.serial {
+            Some(serial) => writeln!(f, "serial = {}", quoted(serial))?,
+            None => writeln!(f, "# serial: made from the identity of the remote disk")?,
+        }
+        match self.block_size {
+            Some(bytes) => writeln!(f, "block-size = {bytes}"),
+            None => writeln!(f, "# block-size: that of the remote disk"),
+        }
+    }
+}
+
+/// The keys of a disk that say how its namespaces are connected.
+impl fmt::Display for NvmeConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(nqn) = &self.host_nqn {
+            writeln!(f, "nvme-host-nqn = {}", quoted(nqn))?;
+        }
+        if let Some(id) = &self.host_id {
+            writeln!(f, "nvme-host-id = {}", quoted(show_uuid(id)))?;
+        }
+        writeln!(f, "nvme-header-digest = {}", self.header_digest)?;
+        writeln!(f, "nvme-data-digest = {}", self.data_digest)?;
+        writeln!(f, "nvme-queue-depth = {}", self.queue_depth)?;
+        for (name, time) in [
+            ("keep-alive", self.keep_alive),
+            ("connect-timeout", self.connect_timeout),
+            ("io-timeout", self.io_timeout),
+            ("reconnect-delay", self.reconnect_delay),
+        ] {
+            writeln!(f, "nvme-{name} = {}", time.as_secs())?;
+        }
+        for (name, time) in [
+            ("ctrl-loss-tmo", self.ctrl_loss_tmo),
+            ("fast-io-fail-tmo", self.fast_io_fail_tmo),
+        ] {
+            match time {
+                Some(time) => writeln!(f, "nvme-{name} = {}", time.as_secs())?,
+                None => writeln!(f, "nvme-{name} = \"off\"")?,
+            }
+        }
+        writeln!(f, "nvme-io-policy = {}", word(self.io_policy))?;
+        for (name, source) in self.secrets() {
+            writeln!(f, "{name} = {}", quoted(source))?;
+        }
+        writeln!(f, "nvme-reservations = {}", self.reservations)
     }
 }

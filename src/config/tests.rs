@@ -11,6 +11,7 @@ use clap::CommandFactory;
 use super::*;
 use crate::cli::{self, CommandLine, Invocation};
 
+mod nvme;
 mod refusals;
 
 /// A host of four CPUs without systemd.
@@ -108,10 +109,13 @@ fn the_least_command_line_gets_every_default() {
                 num_queues: 4,
                 queue_size: 256,
                 serial: config.disks[0].serial.clone(),
-                block_size: 512,
+                block_size: Some(512),
                 allow_paths: vec![],
                 l2_cache_size: 72 << 20,
                 data_file: None,
+                allow_remote: vec![],
+                nvme: None,
+                copy_on_read: false,
                 keys: vec![],
             }],
             once: false,
@@ -158,7 +162,12 @@ const ALL_OPTIONS: &str = "--socket-path @/s --socket-mode 0660 --socket-group r
     --allow-path @/bases --allow-path @/more --l2-cache-size 3M --data-file @/d.img --key-file @/b.img \
     --image-key @/a.img=keyring:disk --image-key @/link=file:@/b.img --serial 0123-456 --block-size 4096 \
     --num-queues 8 --queue-size 32768 --name root --workers 2 --cpus 3,0-1 --poll adaptive --poll-max-us 7 --once \
-    --pid-file @/pid --log-level debug";
+    --pid-file @/pid --log-level debug \
+    --allow-remote nvme+tcp://h,[::1]:9/nqn.a --allow-remote nvme+tcp://10.0.0.1 --nvme-host-nqn nqn.2020-01.x:h \
+    --nvme-host-id 00112233-4455-6677-8899-AABBCCDDEEFF --nvme-header-digest --nvme-data-digest \
+    --nvme-queue-depth 31 --nvme-keep-alive 0 --nvme-connect-timeout 1 --nvme-io-timeout 2 --nvme-reconnect-delay 3 \
+    --nvme-ctrl-loss-tmo off --nvme-fast-io-fail-tmo 4 --nvme-io-policy round-robin \
+    --nvme-dhchap-secret file:@/b.img --nvme-dhchap-ctrl-secret keyring:it --nvme-tls-key file:@/a.img";
 const ALL_KEYS: &str = "
     once = true
     pid-file = '@/pid'
@@ -188,6 +197,22 @@ const ALL_KEYS: &str = "
     block-size = 4096
     num-queues = 8
     queue-size = 32768
+    allow-remote = ['nvme+tcp://h:4420,[0::1]:9/nqn.a', 'nvme+tcp://10.0.0.1']
+    nvme-host-nqn = 'nqn.2020-01.x:h'
+    nvme-host-id = '00112233445566778899aabbccddeeff'
+    nvme-header-digest = true
+    nvme-data-digest = true
+    nvme-queue-depth = 31
+    nvme-keep-alive = 0
+    nvme-connect-timeout = 1
+    nvme-io-timeout = 2
+    nvme-reconnect-delay = 3
+    nvme-ctrl-loss-tmo = 'off'
+    nvme-fast-io-fail-tmo = 4
+    nvme-io-policy = 'round-robin'
+    nvme-dhchap-secret = 'file:@/b.img'
+    nvme-dhchap-ctrl-secret = 'keyring:it'
+    nvme-tls-key = 'file:@/a.img'
 ";
 
 #[test]
@@ -244,7 +269,15 @@ fn every_option_of_a_disk_and_of_the_workers_is_in_the_equivalence_test() {
         "help",
         "version",
     ];
-    let excluded = ["fd", "fd-name", "key-fd", "key-keyring"];
+    // The last two are no options of a read-only image; see `nvme.rs`.
+    let excluded = [
+        "fd",
+        "fd-name",
+        "key-fd",
+        "key-keyring",
+        "copy-on-read",
+        "nvme-reservations",
+    ];
     for option in CommandLine::command()
         .get_arguments()
         .filter_map(|arg| arg.get_long())
@@ -429,6 +462,7 @@ fn the_default_serial_is_stable_and_its_own() {
             .disks[0]
             .serial
             .clone()
+            .unwrap()
     };
     let a = serial("--blk-file @/a.img");
     assert_eq!(a, serial("--blk-file @/a.img --read-only"));
@@ -443,7 +477,7 @@ fn the_default_serial_is_stable_and_its_own() {
     fs::write(images.path().join("a-very-long näme.of-an-image.qcow2"), "").unwrap();
     let long = images.path().join("a-very-long näme.of-an-image.qcow2");
     let source = Source::File { path: long };
-    let long = super::disk::default_serial(&source, "disk0");
+    let long = super::disk::default_serial(&source, "disk0").unwrap();
     assert!(
         long.starts_with("a-very-long-") && long.len() == MAX_SERIAL,
         "{long}"
@@ -455,8 +489,8 @@ fn the_default_serial_is_stable_and_its_own() {
         path: PathBuf::from("/srv/vm1/root.qcow2"),
     };
     assert_eq!(
-        super::disk::default_serial(&fixed, "disk0"),
-        "root-3b02b557"
+        super::disk::default_serial(&fixed, "disk0").as_deref(),
+        Some("root-3b02b557")
     );
 }
 
@@ -481,8 +515,12 @@ fn the_options_are_sound() {
 #[test]
 fn every_option_is_documented() {
     let text = include_str!("../../docs/configuration.md");
-    for option in CommandLine::command()
+    let command = CommandLine::command();
+    let discover = command.find_subcommand("nvme").unwrap();
+    let discover = discover.find_subcommand("discover").unwrap();
+    for option in command
         .get_arguments()
+        .chain(discover.get_arguments())
         .filter_map(|arg| arg.get_long())
     {
         if !["help", "version"].contains(&option) {

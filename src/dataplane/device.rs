@@ -211,6 +211,18 @@ impl BlkDevice {
         self.disk.describe()
     }
 
+    /// The serial that the guest sees.
+    pub fn serial(&self) -> String {
+        let bytes = self.shared.id.as_bytes();
+        let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
+        String::from_utf8_lossy(&bytes[..end]).into_owned()
+    }
+
+    /// See [`Disk::remote_identity`].
+    pub fn remote_identity(&self) -> Option<[u8; 16]> {
+        self.disk.remote_identity()
+    }
+
     /// The virtio features offered to the driver.
     pub fn features(&self) -> u64 {
         features::offered(&self.settings.limits)

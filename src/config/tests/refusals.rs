@@ -280,7 +280,7 @@ fn what_cannot_be_meant_is_refused_with_what_to_write_instead() {
         (
             "--socket-path @/s --blk-file nvme+tcp://h/n",
             "--blk-file",
-            "NVMe/TCP",
+            "write ?nsid=N",
         ),
         (
             "--socket-path @/s --blk-file nbd://h/n",
