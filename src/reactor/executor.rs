@@ -173,6 +173,12 @@ impl Executor {
         }
     }
 
+    /// True if the task makes no more progress.
+    pub(super) fn is_held(&self, task: TaskId) -> bool {
+        let tasks = self.tasks.borrow();
+        tasks.get(task.0 as usize).is_some_and(|entry| entry.held)
+    }
+
     pub(super) fn remove_all(&self) {
         let count = self.tasks.borrow().len() as u32;
         (0..count).for_each(|index| self.remove(TaskId(index)));

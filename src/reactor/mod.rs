@@ -6,6 +6,9 @@
 //! - `Io::read`, `Io::write` and their kin queue a submission at once and return a future of the
 //!   result; nothing enters the kernel until [`Io::turn`] (or [`Io::park`]) submits the whole batch.
 //! - [`Io::spawn`] and [`Io::slot`] make tasks, [`Io::block_on`] runs one future to its end.
+//! - `Io::begin_software` makes an operation that another task completes: of a request that goes over a
+//!   connection which that task serves.
+//! - `Io::local` is what a storage keeps for this thread.
 //! - [`Io::pin`] marks a request as begun, so that memory and clusters it may still look at are not
 //!   reused before it ends.
 //!
@@ -15,9 +18,12 @@ pub mod buf;
 pub mod epoch;
 mod executor;
 mod file;
+mod local;
 mod op;
 mod operations;
 mod ring;
+mod socket;
+mod software;
 
 #[cfg(test)]
 mod tests;
@@ -26,5 +32,8 @@ pub use buf::{AlignedBuf, Sg};
 pub use epoch::{Epoch, Epochs, Pin};
 pub use executor::TaskId;
 pub use file::IoFile;
+pub(crate) use local::LocalSlot;
 pub use op::Op;
 pub use ring::{Doorbell, Io, IoConfig};
+pub(crate) use socket::Message;
+pub(crate) use software::SoftwareOp;

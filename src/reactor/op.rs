@@ -16,8 +16,19 @@ use super::ring::Io;
 #[derive(Clone, Copy, Debug)]
 enum State {
     Free { next: u32 },
-    Pending { waiter: TaskId },
+    Pending { waiter: TaskId, by: By },
     Done { result: i32 },
+}
+
+/// Who completes an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    /// The kernel.
+    Kernel,
+    /// A task of this reactor, which works at it.
+    Task,
+    /// A task of this reactor, which has not begun yet: nothing would notice if it were forgotten.
+    TaskLater,
 }
 
 #[derive(Debug)]
@@ -58,6 +69,17 @@ impl OpTable {
     }
 
     pub(super) fn begin(&mut self, waiter: TaskId) -> u32 {
+        self.pending += 1;
+        self.take(waiter, By::Kernel)
+    }
+
+    /// An operation of which the kernel knows nothing.
+    pub(super) fn begin_software(&mut self, waiter: TaskId) -> u32 {
+        self.take(waiter, By::Task)
+    }
+
+    #[inline]
+    fn take(&mut self, waiter: TaskId, by: By) -> u32 {
         if self.free == NONE {
             self.grow();
         }
@@ -66,9 +88,23 @@ impl OpTable {
         if let State::Free { next } = entry.state {
             self.free = next;
         }
-        entry.state = State::Pending { waiter };
-        self.pending += 1;
+        entry.state = State::Pending { waiter, by };
         index
+    }
+
+    /// Says whether anybody works at a software operation.
+    pub(super) fn set_under_way(&mut self, index: u32, under_way: bool) {
+        if let State::Pending { by, .. } = &mut self.entries[index as usize].state {
+            *by = if under_way { By::Task } else { By::TaskLater };
+        }
+    }
+
+    /// Who waits for an operation that has not ended.
+    pub(super) fn waiter(&self, index: u32) -> Option<TaskId> {
+        match self.entries[index as usize].state {
+            State::Pending { waiter, .. } => Some(waiter),
+            _ => None,
+        }
     }
 
     /// Where a timeout's duration lives for as long as the kernel may read it.
@@ -81,17 +117,19 @@ impl OpTable {
     /// Notes a completion; returns the task to wake.
     pub(super) fn complete(&mut self, index: u32, result: i32) -> Option<TaskId> {
         let entry = self.entries.get_mut(index as usize)?;
-        let State::Pending { waiter } = entry.state else {
+        let State::Pending { waiter, by } = entry.state else {
             return None;
         };
         entry.state = State::Done { result };
-        self.pending -= 1;
+        if by == By::Kernel {
+            self.pending -= 1;
+        }
         Some(waiter)
     }
 
-    fn poll(&mut self, index: u32, task: TaskId) -> Poll<i32> {
+    pub(super) fn poll(&mut self, index: u32, task: TaskId) -> Poll<i32> {
         match &mut self.entries[index as usize].state {
-            State::Pending { waiter } => {
+            State::Pending { waiter, .. } => {
                 *waiter = task;
                 Poll::Pending
             }
@@ -104,21 +142,29 @@ impl OpTable {
         matches!(self.entries[index as usize].state, State::Done { .. })
     }
 
-    /// The operations under way that a task waits for.
+    /// The operations of the kernel that a task waits for.
     pub(super) fn of(&self, task: TaskId) -> impl Iterator<Item = u32> + '_ {
-        let is_its =
-            move |entry: &Entry| matches!(entry.state, State::Pending { waiter } if waiter == task);
+        let is_its = move |entry: &Entry| matches!(entry.state, State::Pending { waiter, by: By::Kernel } if waiter == task);
         (0..)
             .zip(&self.entries)
             .filter(move |(_, entry)| is_its(entry))
             .map(|(index, _)| index)
     }
 
-    fn release(&mut self, index: u32) {
+    /// True if anything is under way that a task waits for.
+    pub(super) fn has_any(&self, task: TaskId) -> bool {
+        self.entries.iter().any(|entry| match entry.state {
+            State::Pending { waiter, by } => waiter == task && by != By::TaskLater,
+            _ => false,
+        })
+    }
+
+    pub(super) fn release(&mut self, index: u32) {
         self.entries[index as usize].state = State::Free { next: self.free };
         self.free = index;
     }
 
+    /// Operations that the kernel has.
     pub(super) fn pending(&self) -> u32 {
         self.pending
     }

@@ -152,7 +152,7 @@ impl Io {
         .await;
     }
 
-    fn start(
+    pub(super) fn start(
         &self,
         fd: Name,
         build: impl FnOnce(Name) -> squeue::Entry,

@@ -1,5 +1,6 @@
 //! The reactor of one thread: its io_uring and the turn of its loop.
 
+use std::any::Any;
 use std::cell::{Cell, RefCell, RefMut};
 use std::future::Future;
 use std::io;
@@ -9,7 +10,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use io_uring::types::{Fd, Fixed, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode, squeue};
@@ -42,6 +43,18 @@ pub struct IoConfig {
 #[derive(Clone, Debug)]
 pub struct Io {
     pub(super) inner: Rc<Inner>,
+    /// None: of a task that the reactor's end shall end, too.
+    _owner: Option<Rc<Owner>>,
+}
+
+/// Shared by the handles that keep a reactor in use.
+#[derive(Debug)]
+struct Owner(Rc<Inner>);
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.0.close();
+    }
 }
 
 #[derive(Debug)]
@@ -55,6 +68,8 @@ pub(super) struct Inner {
     buffers: Rc<BufPool>,
     pub(super) iovecs: RefCell<Vec<Vec<iovec>>>,
     files: RefCell<Option<Registered>>,
+    /// What storages keep for this thread, by [`super::LocalSlot`].
+    pub(super) locals: RefCell<Vec<Option<Rc<dyn Any>>>>,
     epochs: Arc<Epochs>,
     /// Counted by `enter`: calls into the kernel.
     enters: Cell<u64>,
@@ -97,28 +112,37 @@ impl Io {
             .is_ok()
             .then(Registered::new);
         let remote = Remote::new(EventFd::new(EFD_CLOEXEC)?);
-        let io = Self {
-            inner: Rc::new(Inner {
-                worker: config.worker,
-                ring: RefCell::new(Ring {
-                    uring,
-                    queued: 0,
-                    doorbell: Box::new(0),
-                    doorbell_armed: false,
-                }),
-                ops: RefCell::new(OpTable::with_capacity(config.entries as usize)),
-                exec: Executor::new(remote.clone()),
-                participant: Participant::new(config.epochs.clone()),
-                remote,
-                buffers: Rc::new(BufPool::default()),
-                iovecs: RefCell::new(Vec::with_capacity(64)),
-                files: RefCell::new(files),
-                epochs: config.epochs.clone(),
-                enters: Cell::new(0),
+        let inner = Rc::new(Inner {
+            worker: config.worker,
+            ring: RefCell::new(Ring {
+                uring,
+                queued: 0,
+                doorbell: Box::new(0),
+                doorbell_armed: false,
             }),
-        };
-        io.inner.arm_doorbell();
-        Ok(io)
+            ops: RefCell::new(OpTable::with_capacity(config.entries as usize)),
+            exec: Executor::new(remote.clone()),
+            participant: Participant::new(config.epochs.clone()),
+            remote,
+            buffers: Rc::new(BufPool::default()),
+            iovecs: RefCell::new(Vec::with_capacity(64)),
+            files: RefCell::new(files),
+            locals: RefCell::new(Vec::new()),
+            epochs: config.epochs.clone(),
+            enters: Cell::new(0),
+        });
+        inner.arm_doorbell();
+        let _owner = Some(Rc::new(Owner(inner.clone())));
+        Ok(Self { inner, _owner })
+    }
+
+    /// A handle for a task that serves others: it keeps the reactor from being freed, but not from being closed
+    /// when the last of the others is dropped.
+    pub(crate) fn for_service(&self) -> Self {
+        Self {
+            inner: self.inner.clone(),
+            _owner: None,
+        }
     }
 
     /// The number given by [`IoConfig::worker`].
@@ -176,10 +200,11 @@ impl Io {
         self.inner.exec.remove(task);
     }
 
-    /// Drops all tasks, after their operations have ended. Tasks hold handles to the reactor, so a
-    /// reactor with tasks is not freed before this.
+    /// Drops all tasks, after their operations have ended, and what storages keep for this thread. Tasks hold
+    /// handles to the reactor, so a reactor with tasks is not freed before this, or before the last handle of
+    /// another kind than those of [service tasks](Io::for_service) is dropped.
     pub fn close(&self) {
-        self.inner.exec.remove_all();
+        self.inner.close();
     }
 
     pub(super) fn current_task(&self) -> TaskId {
@@ -269,7 +294,37 @@ impl Io {
     /// True if no operation of this task is under way.
     #[cold]
     pub fn is_quiet(&self, task: TaskId) -> bool {
-        self.ops().of(task).next().is_none()
+        !self.ops().has_any(task)
+    }
+
+    /// True if the task makes no more progress.
+    #[cold]
+    pub(super) fn is_held(&self, task: TaskId) -> bool {
+        self.inner.exec.is_held(task)
+    }
+
+    /// Takes completions and polls `tasks`, and no others, until `done`, or for `patience`. Not from inside one of
+    /// them. Returns whether it is done.
+    #[cold]
+    pub(crate) fn drive(
+        &self,
+        tasks: &[TaskId],
+        done: impl Fn() -> bool,
+        patience: Duration,
+    ) -> bool {
+        let end = Instant::now() + patience;
+        loop {
+            tasks.iter().for_each(|task| self.poll_now(*task));
+            if done() {
+                return true;
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            self.inner.enter(1, Some(left));
+            self.inner.reap();
+        }
     }
 
     /// Ends one operation without running tasks: it was dropped before its end. A poll or a timeout is
@@ -291,6 +346,13 @@ impl Io {
 }
 
 impl Inner {
+    fn close(&self) {
+        self.exec.remove_all();
+        // Not within the borrow: what goes with them may look here.
+        let locals = std::mem::take(&mut *self.locals.borrow_mut());
+        drop(locals);
+    }
+
     pub(super) fn name(&self, file: &IoFile) -> Name {
         let mut files = self.files.borrow_mut();
         let (Some(files), Some((slot, identity))) = (files.as_mut(), file.slot()) else {
