@@ -9,6 +9,7 @@ use super::disk::SECTOR;
 use super::error::Result;
 use super::file::{self, FileStorage};
 use super::null::NullStorage;
+use super::nvme_tcp::storage::{self as nvme, NvmeStorage};
 #[cfg(test)]
 use super::sim::SimStorage;
 
@@ -53,6 +54,8 @@ pub enum Storage {
     Null(NullStorage),
     /// The plaintext of a file.
     Crypt(Box<CryptStorage>),
+    /// A remote namespace.
+    Nvme(Box<NvmeStorage>),
     /// In memory, for tests.
     #[cfg(test)]
     Sim(SimStorage),
@@ -60,11 +63,13 @@ pub enum Storage {
 
 /// Dispatches to the storage's own implementation.
 macro_rules! each {
-    ($self:expr, $s:ident => $file:expr, $n:ident => $null:expr, $c:ident => $crypt:expr, $sim:ident => $simulated:expr) => {
+    ($self:expr, $s:ident => $file:expr, $n:ident => $null:expr, $c:ident => $crypt:expr, $r:ident => $remote:expr,
+        $sim:ident => $simulated:expr) => {
         match $self {
             Storage::File($s) => $file,
             Storage::Null($n) => $null,
             Storage::Crypt($c) => $crypt,
+            Storage::Nvme($r) => $remote,
             #[cfg(test)]
             Storage::Sim($sim) => $simulated,
         }
@@ -74,12 +79,12 @@ macro_rules! each {
 impl Storage {
     /// Name for messages: the file's path.
     pub fn path(&self) -> &Path {
-        each!(self, s => s.path(), s => s.path(), s => s.path(), s => s.path())
+        each!(self, s => s.path(), s => s.path(), s => s.path(), s => s.path(), s => s.path())
     }
 
     /// Size in bytes, as far as this process knows.
     pub fn len(&self) -> u64 {
-        each!(self, s => s.len(), s => s.len(), s => s.len(), s => s.len())
+        each!(self, s => s.len(), s => s.len(), s => s.len(), s => s.len(), s => s.len())
     }
 
     /// True if there is not a byte.
@@ -89,12 +94,12 @@ impl Storage {
 
     /// Alignment and block sizes.
     pub fn limits(&self) -> &Limits {
-        each!(self, s => s.limits(), s => s.limits(), s => s.limits(), s => s.limits())
+        each!(self, s => s.limits(), s => s.limits(), s => s.limits(), s => s.limits(), s => s.limits())
     }
 
     /// True if writes are refused.
     pub fn read_only(&self) -> bool {
-        each!(self, s => s.read_only(), s => s.read_only(), s => s.read_only(), s => s.read_only())
+        each!(self, s => s.read_only(), s => s.read_only(), s => s.read_only(), s => s.read_only(), s => s.read_only())
     }
 
     /// Fills `to` from `offset` on. Past the end of the storage are zeros.
@@ -104,6 +109,7 @@ impl Storage {
             s => s.begin_read(io, offset, to).finish(io).await,
             s => s.read(to),
             s => s.read(io, offset, to).await,
+            s => s.begin_read(io, offset, to).finish(io).await,
             s => s.read(io, offset, to).await)
     }
 
@@ -114,6 +120,7 @@ impl Storage {
             s => s.begin_write(io, offset, from).finish(io).await,
             s => s.write(),
             s => s.write(io, offset, from).await,
+            s => s.begin_write(io, offset, from).finish(io).await,
             s => s.write(io, offset, from).await)
     }
 
@@ -125,6 +132,7 @@ impl Storage {
             s => Under::File(s.begin_read(io, offset, to)),
             s => Under::Ended(s.read(to)),
             s => Under::Crypt(s.begin_read(io, offset, to)),
+            s => Under::Nvme(s.begin_read(io, offset, to)),
             _s => Under::Later { storage: self, offset, sg: to, write: false }))
     }
 
@@ -135,6 +143,7 @@ impl Storage {
             s => Under::File(s.begin_write(io, offset, from)),
             s => Under::Ended(s.write()),
             _s => Under::Later { storage: self, offset, sg: from, write: true },
+            s => Under::Nvme(s.begin_write(io, offset, from)),
             _s => Under::Later { storage: self, offset, sg: from, write: true }))
     }
 
@@ -143,6 +152,7 @@ impl Storage {
         each!(self,
             s => s.flush(io).await,
             _s => Ok(()),
+            s => s.flush(io).await,
             s => s.flush(io).await,
             s => s.flush(io).await)
     }
@@ -155,6 +165,7 @@ impl Storage {
             s => s.write(),
             // Nothing: it would show which sectors are in use.
             _s => Ok(()),
+            s => s.discard(io, offset, len).await,
             s => s.discard(io, offset, len).await)
     }
 
@@ -171,6 +182,7 @@ impl Storage {
             s => s.write_zeroes(io, offset, len, may_unmap).await,
             s => s.write(),
             s => s.write_zeroes(io, offset, len).await,
+            s => s.write_zeroes(io, offset, len, may_unmap).await,
             s => s.write_zeroes(io, offset, len, may_unmap).await)
     }
 
@@ -180,6 +192,7 @@ impl Storage {
         each!(self,
             s => s.allocate(io, offset, len).await,
             s => s.write().map(|()| true),
+            s => s.allocate(io, offset, len).await,
             s => s.allocate(io, offset, len).await,
             s => s.allocate(io, offset, len).await)
     }
@@ -191,12 +204,13 @@ impl Storage {
             s => s.set_len(len),
             s => s.write(),
             s => s.set_len(io, len).await,
+            s => s.set_len(len),
             s => s.set_len(io, len).await)
     }
 
     /// Reads the size again, and nothing else, while requests run: another process may have changed it.
     pub(super) fn refresh_len(&self) -> Result<()> {
-        each!(self, s => s.refresh_len(), _s => Ok(()), s => s.below().refresh_len(), _s => Ok(()))
+        each!(self, s => s.refresh_len(), _s => Ok(()), s => s.below().refresh_len(), _s => Ok(()), _s => Ok(()))
     }
 
     /// Its size, where somebody knew it as `known` before. Past the page cache only whole blocks can be written, so
@@ -213,17 +227,17 @@ impl Storage {
 
     /// Registers what it does I/O to with a ring: see [`super::ActiveDisk::join`].
     pub(super) fn join(&self, io: &Io) {
-        each!(self, s => s.join(io), _s => (), s => s.below().join(io), _s => ())
+        each!(self, s => s.join(io), _s => (), s => s.below().join(io), s => s.join(io), _s => ())
     }
 
     /// Equal for the same file by two names: device and inode. Of what is no file, zeros.
     pub fn identity(&self) -> (u64, u64) {
-        each!(self, s => s.identity(), _s => (0, 0), s => s.below().identity(), s => s.identity())
+        each!(self, s => s.identity(), _s => (0, 0), s => s.below().identity(), s => s.identity(), s => s.identity())
     }
 
     /// Reads the size again: another process may have owned the file.
     pub fn refresh(&self) -> Result<()> {
-        each!(self, s => s.refresh(), _s => Ok(()), s => s.below().refresh(), _s => Ok(()))
+        each!(self, s => s.refresh(), _s => Ok(()), s => s.below().refresh(), _s => Ok(()), _s => Ok(()))
     }
 }
 
@@ -237,6 +251,7 @@ enum Under<'a> {
     File(file::Pending<'a>),
     Ended(Result<()>),
     Crypt(crypt::storage::Pending<'a>),
+    Nvme(nvme::Pending<'a>),
     Later {
         storage: &'a Storage,
         offset: u64,
@@ -253,6 +268,7 @@ impl Pending<'_> {
             Under::File(pending) => pending.finish(io).await,
             Under::Ended(result) => result,
             Under::Crypt(pending) => pending.finish(io).await,
+            Under::Nvme(pending) => pending.finish(io).await,
             Under::Later {
                 storage,
                 offset,

@@ -14,12 +14,17 @@
 
 pub mod auth;
 pub mod link;
+mod local;
 pub mod machine;
+mod queue;
 pub(in crate::block) mod remote;
 pub mod secret;
 #[cfg(test)]
 mod secret_tests;
 pub mod spec;
+pub mod storage;
 pub mod tls;
 pub mod uri;
 pub mod wire;
+
+pub use storage::NvmeStorage;

@@ -1,0 +1,563 @@
+//! From requests to commands and back: cutting, choosing, waiting, trying again.
+
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::connection::{Queue, Why};
+use super::table::{Extent, Kind, State, Table};
+use crate::block::error::{Error, ErrorKind, Result};
+use crate::block::nvme_tcp::link::{ControllerLimits, PathCommand};
+use crate::block::nvme_tcp::local::{Choice, Local};
+use crate::block::nvme_tcp::machine::{Data, Ended};
+use crate::block::nvme_tcp::wire::status::Class;
+use crate::block::nvme_tcp::wire::{Nlb, Sqe, Status};
+use crate::reactor::Sg;
+
+/// A command is sent this often again after failures of its own: as many as Linux's nvme_max_retries.
+const RETRIES: u8 = 5;
+/// Most blocks that the commands have room for (NVM 3.2.4: NLB).
+const MAX_BLOCKS: u64 = 1 << 16;
+/// How long commands under way are waited for when their request is dropped, before the connection is given up.
+const PATIENCE: Duration = Duration::from_millis(250);
+/// Unit of the controller's retry delays (Base, Identify Controller: CRDT1).
+const DELAY_UNIT: Duration = Duration::from_millis(100);
+
+/// A request under way. Dropped, it is cancelled: nothing touches its memory any more.
+#[derive(Debug)]
+pub(in super::super) struct Running {
+    local: Rc<Local>,
+    request: u32,
+    over: bool,
+}
+
+impl Running {
+    /// Begins a request, as far as there are paths and room in their queues; the rest waits.
+    ///
+    /// # Safety
+    /// The memory of `data` must stay valid until the request was finished or dropped.
+    #[inline]
+    pub(in super::super) unsafe fn begin(
+        local: Rc<Local>,
+        kind: Kind,
+        offset: u64,
+        len: u64,
+        data: Sg<'_>,
+    ) -> Self {
+        // SAFETY: only the lifetime changes, which the caller vouches for.
+        let data = unsafe { std::mem::transmute::<Sg<'_>, Sg<'static>>(data) };
+        let request = local.begin(kind, Extent { offset, len, data });
+        Self {
+            local,
+            request,
+            over: false,
+        }
+    }
+
+    /// Waits for its end.
+    #[inline]
+    pub(in super::super) async fn finish(mut self) -> Result<()> {
+        let op = match self.local.table.borrow_mut().request(self.request) {
+            Some(request) => request.op,
+            None => return Ok(()),
+        };
+        poll_fn(|_| self.local.io().poll_software(op)).await;
+        self.over = true;
+        match self.local.release(self.request) {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Running {
+    #[inline]
+    fn drop(&mut self) {
+        if !self.over {
+            self.local.cancel(self.request);
+        }
+    }
+}
+
+/// What came of trying to begin a command.
+enum Begun {
+    All,
+    /// This command is left, for want of room.
+    Full(u32),
+    /// This command is left, for want of a path.
+    NoPath(u32),
+}
+
+impl Queue {
+    #[inline]
+    pub(in super::super) fn is_full(&self) -> bool {
+        self.in_flight.get() >= self.depth
+    }
+
+    /// What its controller takes.
+    pub(in super::super) fn limits(&self) -> &ControllerLimits {
+        &self.limits
+    }
+
+    /// For messages.
+    pub(in super::super) fn qid(&self) -> u16 {
+        self.qid
+    }
+}
+
+impl Local {
+    #[inline]
+    fn begin(&self, kind: Kind, extent: Extent) -> u32 {
+        let op = self.io().begin_software();
+        let mut table = self.table.borrow_mut();
+        let request = table.new_request(op);
+        let command = table.new_command(request, kind, extent);
+        if table.waiting.is_empty() {
+            match self.try_begin(&mut table, command) {
+                Begun::All => {}
+                Begun::Full(rest) => table.wait_in_order(rest),
+                Begun::NoPath(rest) => {
+                    table.wait_in_order(rest);
+                    drop(table);
+                    self.pump();
+                    table = self.table.borrow_mut();
+                }
+            }
+        } else {
+            table.wait_in_order(command);
+        }
+        if let Some(request) = table.request(request) {
+            if request.in_flight == 0 {
+                self.io().set_under_way(request.op, false);
+            }
+        }
+        drop(table);
+        self.start_clock();
+        request
+    }
+
+    /// Gives a command to queues, in as many parts as they want it.
+    #[inline]
+    fn try_begin(&self, table: &mut Table, mut index: u32) -> Begun {
+        loop {
+            let queue = match self.choose() {
+                Choice::Queue(queue) => queue,
+                Choice::Full => return Begun::Full(index),
+                Choice::NoPath => return Begun::NoPath(index),
+            };
+            let command = &table.commands[index as usize];
+            let (request, kind, extent) = (command.request, command.kind, command.extent);
+            let Some((len, sqe)) = self.entry(&queue, kind, &extent) else {
+                let done = self.without_command(&queue, kind, extent.offset);
+                self.finish_command(table, index, done);
+                return Begun::All;
+            };
+            let (first, rest) = match kind {
+                Kind::Read | Kind::Write => extent.data.split_at(len as usize),
+                _ => (extent.data, Sg::empty()),
+            };
+            let data = match kind {
+                Kind::Read => Data::Read(first),
+                Kind::Write | Kind::Discard { .. } => Data::Write(first),
+                Kind::Wait | Kind::Flush | Kind::WriteZeroes { .. } => Data::None,
+            };
+            // SAFETY: the memory outlives the command: a request's end waits for its commands', and a queue's end
+            // gives them up only after the socket's operations.
+            let tag = unsafe { queue.machine.borrow_mut().begin(sqe, data, index) };
+            let Some(tag) = tag else {
+                return Begun::Full(index);
+            };
+            queue.in_flight.set(queue.in_flight.get() + 1);
+            if let Some(request) = table.request(request) {
+                request.in_flight += 1;
+                if request.in_flight == 1 {
+                    self.io().set_under_way(request.op, true);
+                }
+            }
+            queue.kick(self.io());
+            let command = &mut table.commands[index as usize];
+            command.extent.len = len;
+            command.extent.data = first;
+            command.begun = self.now.get();
+            command.aborted = false;
+            let number = command.number;
+            command.state = State::InFlight { queue, tag };
+            if len == extent.len {
+                return Begun::All;
+            }
+            let rest = Extent {
+                offset: extent.offset + len,
+                len: extent.len - len,
+                data: rest,
+            };
+            index = table.new_command(request, kind, rest);
+            table.commands[index as usize].number = number;
+        }
+    }
+
+    /// The submission queue entry for as much of the extent as this queue's controller takes at one go, and how
+    /// many bytes that is. None: there is nothing to send.
+    #[inline]
+    fn entry(&self, queue: &Queue, kind: Kind, extent: &Extent) -> Option<(u64, Sqe)> {
+        let geometry = self.namespace().geometry();
+        let block = u64::from(geometry.block);
+        let slba = extent.offset / block;
+        // NVM 5.8: I/O that crosses the Optimal I/O Boundary is slower.
+        let within = match geometry.boundary {
+            0 => u64::MAX,
+            boundary => boundary - extent.offset % boundary,
+        };
+        let at_most = |limit: u64| {
+            let limit = limit.min(MAX_BLOCKS * block);
+            let len = extent.len.min(limit);
+            // The end of a part is an end of a block; a limit below a block is none of a controller's.
+            let len = if len < extent.len {
+                len / block * block
+            } else {
+                len
+            };
+            let len = if len == 0 { extent.len.min(block) } else { len };
+            Some((len, Nlb::new(len / block)?))
+        };
+        let (nsid, limits) = (queue.nsid, &queue.limits);
+        match kind {
+            Kind::Read => {
+                let (len, blocks) = at_most(within.min(limits.max_transfer.into()))?;
+                Some((len, Sqe::read(nsid, slba, blocks)))
+            }
+            Kind::Write => {
+                let (len, blocks) = at_most(within.min(limits.max_transfer.into()))?;
+                Some((len, Sqe::write(nsid, slba, blocks, false)))
+            }
+            Kind::Wait => None,
+            // Base 7.1: it concerns the namespace, whichever controller wrote to it.
+            Kind::Flush => limits
+                .volatile_write_cache
+                .then(|| (extent.len, Sqe::flush(nsid))),
+            Kind::Discard { ranges } => {
+                let sqe = limits
+                    .discards
+                    .then(|| Sqe::deallocate(nsid, ranges.into()))?;
+                Some((extent.len, sqe?))
+            }
+            Kind::WriteZeroes { deallocate } => {
+                let (len, blocks) = at_most(limits.max_write_zeroes?)?;
+                let sqe = Sqe::write_zeroes(nsid, slba, blocks, deallocate, false);
+                Some((len, sqe))
+            }
+        }
+    }
+
+    /// The result of a command for which there is nothing to send.
+    #[cold]
+    fn without_command(&self, queue: &Queue, kind: Kind, offset: u64) -> Result<()> {
+        match kind {
+            Kind::Wait => Ok(()),
+            // Everything that completed is durable, and a discard is a hint.
+            Kind::Flush if !queue.limits.volatile_write_cache => Ok(()),
+            Kind::Discard { .. } if !queue.limits.discards => Ok(()),
+            kind => {
+                let why = "the controller does not know the command";
+                Err(self.error(ErrorKind::Unsupported, kind, offset, why))
+            }
+        }
+    }
+
+    /// A command is over for good.
+    #[inline]
+    fn finish_command(&self, table: &mut Table, index: u32, result: Result<()>) {
+        let number = table.commands[index as usize].request;
+        table.free_command(index);
+        let Some(request) = table.request(number) else {
+            return;
+        };
+        request.commands -= 1;
+        if let Err(error) = result {
+            request.error.get_or_insert(error);
+        }
+        if request.commands == 0 {
+            self.io().complete(request.op);
+        }
+    }
+
+    /// A command is not its machine's any more.
+    #[inline]
+    fn returned(&self, table: &mut Table, index: u32) {
+        let command = &mut table.commands[index as usize];
+        let number = command.request;
+        if let State::InFlight { queue, .. } = std::mem::replace(&mut command.state, State::Put) {
+            queue.in_flight.set(queue.in_flight.get() - 1);
+            if let Some(request) = table.request(number) {
+                request.in_flight -= 1;
+                if request.in_flight == 0 {
+                    self.io().set_under_way(request.op, false);
+                }
+            }
+        }
+    }
+
+    /// Takes what a machine says has ended.
+    #[inline]
+    pub(super) fn commands_ended(self: &Rc<Self>, queue: &Rc<Queue>, ended: &mut Vec<Ended>) {
+        let mut table = self.table.borrow_mut();
+        for one in ended.drain(..) {
+            let index = one.user;
+            let is_its = |state: &State| matches!(state, State::InFlight { queue: q, tag } if Rc::ptr_eq(q, queue) && *tag == one.tag);
+            let command = table.commands.get(index as usize);
+            if !command.is_some_and(|command| is_its(&command.state)) {
+                continue;
+            }
+            self.returned(&mut table, index);
+            match one.status.class() {
+                Class::Ok => self.finish_command(&mut table, index, Ok(())),
+                class => self.failed(&mut table, queue, index, one.status, class),
+            }
+        }
+        let waiting = !table.waiting.is_empty();
+        drop(table);
+        if waiting {
+            self.pump();
+        }
+    }
+
+    /// Decides what becomes of a command that the controller has failed: see Linux's nvme_decide_disposition.
+    #[cold]
+    fn failed(
+        self: &Rc<Self>,
+        table: &mut Table,
+        queue: &Rc<Queue>,
+        index: u32,
+        status: Status,
+        class: Class,
+    ) {
+        let cancelled = {
+            let request = table.commands[index as usize].request;
+            table
+                .request(request)
+                .is_none_or(|r| r.cancelled || r.error.is_some())
+        };
+        let command = &mut table.commands[index as usize];
+        let (kind, offset) = (command.kind, command.extent.offset);
+        let fail = |table: &mut Table| {
+            let what = format!("{} failed: {status}", kind.name());
+            let name = self.namespace().name();
+            let error = Error::image(status.kind(), name, offset, what);
+            let error = match status.advice() {
+                Some(advice) => error.hint(advice),
+                None => error,
+            };
+            self.finish_command(table, index, Err(error));
+        };
+        let mut delay_number = 0;
+        match class {
+            // Another path may do, and this one when its thread has looked. How long that may take is bounded by
+            // how long a command is held.
+            Class::AnaChange | Class::PathError => self.distrust(queue),
+            Class::Authenticate => queue.end(self, Why::Failed(status.to_string())),
+            Class::Retry { crd } => {
+                command.failures = command.failures.saturating_add(1);
+                delay_number = crd;
+            }
+            Class::Ok | Class::Fail => command.failures = u8::MAX,
+        }
+        if cancelled || command.failures > RETRIES {
+            return fail(table);
+        }
+        let delays = &queue.limits.retry_delays;
+        let delay = usize::from(delay_number)
+            .checked_sub(1)
+            .and_then(|at| delays.get(at));
+        match delay.map(|units| DELAY_UNIT * u32::from(*units)) {
+            Some(delay) if !delay.is_zero() => self.retry_later(table, index, delay),
+            _ => table.wait_in_order(index),
+        }
+    }
+
+    #[cold]
+    fn retry_later(self: &Rc<Self>, table: &mut Table, index: u32, delay: Duration) {
+        let number = table.commands[index as usize].number;
+        let local = self.clone();
+        let _task = self.io().spawn(async move {
+            local.io().sleep(delay).await;
+            let mut table = local.table.borrow_mut();
+            let command = &table.commands[index as usize];
+            if command.number == number && matches!(command.state, State::Put) {
+                table.wait_in_order(index);
+                drop(table);
+                local.pump();
+            }
+        });
+    }
+
+    /// Begins what waits, in its order, as far as that is possible; fails what has no hope.
+    #[cold]
+    pub(in super::super) fn pump(&self) {
+        let mut table = self.table.borrow_mut();
+        while let Some(index) = table.waiting.pop_front() {
+            table.commands[index as usize].state = State::Put;
+            let number = table.commands[index as usize].request;
+            let Some(request) = table.request(number) else {
+                continue;
+            };
+            if request.cancelled || request.error.is_some() {
+                self.finish_command(&mut table, index, Ok(()));
+                continue;
+            }
+            if self.io().waiter_is_held(request.op) {
+                // Its task is to be removed, and takes it along.
+                continue;
+            }
+            match self.try_begin(&mut table, index) {
+                Begun::All => {}
+                Begun::Full(rest) => {
+                    table.wait_in_order(rest);
+                    return;
+                }
+                Begun::NoPath(rest) => {
+                    table.wait_in_order(rest);
+                    let Some((kind, why)) = self.hopeless() else {
+                        return;
+                    };
+                    self.fail_all_waiting(&mut table, kind, &why);
+                    return;
+                }
+            }
+        }
+    }
+
+    #[cold]
+    fn fail_all_waiting(&self, table: &mut Table, kind: ErrorKind, why: &str) {
+        while let Some(index) = table.waiting.pop_front() {
+            let command = &table.commands[index as usize];
+            let error = self.error(kind, command.kind, command.extent.offset, why);
+            self.finish_command(table, index, Err(error));
+        }
+    }
+
+    /// A queue has ended, and nothing of it touches memory any more: its commands are done again elsewhere. They
+    /// may have been executed; doing the same to the same place once more changes nothing, because their callers
+    /// have not been told of any end.
+    #[cold]
+    pub(super) fn queue_is_over(&self, queue: &Rc<Queue>) {
+        let mut table = self.table.borrow_mut();
+        let is_its = |state: &State| matches!(state, State::InFlight { queue: q, .. } if Rc::ptr_eq(q, queue));
+        for index in 0..table.commands.len() as u32 {
+            let command = &table.commands[index as usize];
+            if !is_its(&command.state) {
+                continue;
+            }
+            let (kind, offset, failures) = (command.kind, command.extent.offset, command.failures);
+            self.returned(&mut table, index);
+            if failures > RETRIES {
+                let why = "it got no answer in time, again and again; look at the target's storage";
+                let error = self.error(ErrorKind::Io, kind, offset, why);
+                self.finish_command(&mut table, index, Err(error));
+            } else {
+                table.wait_in_order(index);
+            }
+        }
+        drop(table);
+        self.pump();
+    }
+
+    /// Commands that take too long are aborted; if that does not help, their connection is ended.
+    #[cold]
+    pub(in super::super) fn look_after_slow_commands(&self) {
+        let now = self.now.get();
+        let mut late: Vec<Rc<Queue>> = Vec::new();
+        let mut table = self.table.borrow_mut();
+        for command in &mut table.commands {
+            let State::InFlight { queue, tag } = &command.state else {
+                continue;
+            };
+            let (queue, tag) = (queue.clone(), *tag);
+            let age = now.wrapping_sub(command.begun);
+            if age > self.patience.saturating_mul(2) {
+                command.failures = command.failures.saturating_add(1);
+                if !late.iter().any(|other| Rc::ptr_eq(other, &queue)) {
+                    late.push(queue);
+                }
+            } else if age > self.patience && !command.aborted {
+                command.aborted = true;
+                let abort = PathCommand::Abort {
+                    generation: queue.generation,
+                    qid: queue.qid,
+                    cid: tag.cid(),
+                };
+                self.tell(queue.path, abort);
+            }
+        }
+        drop(table);
+        for queue in late {
+            let seconds = self.namespace().spec().options.io_timeout.as_secs_f32() * 2.0;
+            let why = format!("a command has got no answer for {seconds} s, nor has its abort");
+            queue.end(self, Why::Failed(why));
+        }
+    }
+
+    /// To be called once a tick while no path is usable.
+    #[cold]
+    pub(in super::super) fn look_after_held_commands(&self, at_most: u32) {
+        let mut table = self.table.borrow_mut();
+        let mut index = 0;
+        while let Some(number) = table.waiting.get(index).copied() {
+            let command = &mut table.commands[number as usize];
+            command.held = command.held.saturating_add(1);
+            if command.held <= at_most {
+                index += 1;
+                continue;
+            }
+            let (kind, offset) = (command.kind, command.extent.offset);
+            table.waiting.remove(index);
+            let why = "no path has been usable for longer than ctrl-loss-tmo; look at the target and at \
+                       the network";
+            let error = self.error(ErrorKind::Io, kind, offset, why);
+            self.finish_command(&mut table, number, Err(error));
+        }
+    }
+
+    /// Gives a request back that has ended; returns its error.
+    #[inline]
+    fn release(&self, request: u32) -> Option<Error> {
+        let request = self.table.borrow_mut().free_request(request)?;
+        self.io().release_software(request.op);
+        request.error
+    }
+
+    /// Gives a request up. Its memory is not touched any more when this returns.
+    #[cold]
+    fn cancel(&self, request: u32) {
+        let mut table = self.table.borrow_mut();
+        let Some(entry) = table.request(request) else {
+            return;
+        };
+        entry.cancelled = true;
+        let in_flight = |index: u32| match &table.commands[index as usize].state {
+            State::InFlight { queue, .. } => Some(queue.clone()),
+            _ => None,
+        };
+        let queues: Vec<Rc<Queue>> = table.of(request).filter_map(in_flight).collect();
+        drop(table);
+        let is_free = || {
+            let mut table = self.table.borrow_mut();
+            table
+                .request(request)
+                .is_none_or(|entry| entry.in_flight == 0)
+        };
+        let tasks: Vec<_> = queues.iter().flat_map(|queue| queue.tasks()).collect();
+        if !is_free() && !self.io().drive(&tasks, is_free, PATIENCE) {
+            let why = "a request was given up while it was under way";
+            queues
+                .iter()
+                .for_each(|queue| queue.cut(self, Why::Failed(why.into())));
+        }
+        let mut table = self.table.borrow_mut();
+        let left: Vec<u32> = table.of(request).collect();
+        for index in left {
+            table.waiting.retain(|other| *other != index);
+            self.finish_command(&mut table, index, Ok(()));
+        }
+        drop(table);
+        self.release(request);
+    }
+}

@@ -1,0 +1,20 @@
+//! The I/O queues of one thread: a connection for each path, and the requests that are spread over them.
+//!
+//! - [`table`] knows the requests and their commands.
+//! - [`dispatch`] cuts requests into commands, chooses queues for them, and decides what becomes of a command that
+//!   failed or lost its connection.
+//! - [`connection`] is one queue: the protocol's state machine, its socket, and the two tasks between them.
+//!
+//! All of it belongs to one reactor's thread: there is no lock, and in the steady state nothing is allocated. What a
+//! turn of the reactor begins goes out in one send.
+
+pub(super) mod connection;
+pub(super) mod dispatch;
+pub(super) mod table;
+
+#[cfg(test)]
+mod tests;
+
+pub(super) use connection::Queue;
+pub(super) use dispatch::Running;
+pub(super) use table::Kind;
