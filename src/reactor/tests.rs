@@ -216,3 +216,81 @@ fn a_held_task_makes_no_progress_and_is_quiet_once_the_kernel_has_let_go() {
     assert!(ended.get());
     drop(writer);
 }
+
+#[test]
+fn a_software_operation_wakes_its_task_and_counts_while_it_is_under_way() {
+    let io = io();
+    let op = std::rc::Rc::new(Cell::new(None));
+    let ended = std::rc::Rc::new(Cell::new(false));
+    let task = io.spawn({
+        let (io, op, ended) = (io.clone(), op.clone(), ended.clone());
+        async move {
+            let begun = io.begin_software();
+            op.set(Some(begun));
+            std::future::poll_fn(|_| io.poll_software(begun)).await;
+            io.release_software(begun);
+            ended.set(true);
+        }
+    });
+    while io.turn() {}
+    let begun = op.get().unwrap();
+    assert!(!io.is_quiet(task));
+    io.set_under_way(begun, false);
+    assert!(io.is_quiet(task) && !io.waiter_is_held(begun));
+    io.complete(begun);
+    while io.turn() {}
+    assert!(ended.get());
+}
+
+#[test]
+fn a_local_is_each_reactors_own_and_its_number_is_used_again_when_nobody_has_one() {
+    let (a, b) = (io(), io());
+    let slot = LocalSlot::new();
+    a.set_local(&slot, std::rc::Rc::new(7u32));
+    assert_eq!(a.local::<u32>(&slot).as_deref(), Some(&7));
+    assert!(a.local::<u64>(&slot).is_none() && b.local::<u32>(&slot).is_none());
+    a.clear_local(&slot);
+    assert!(a.local::<u32>(&slot).is_none());
+}
+
+#[test]
+fn a_reactor_whose_last_user_is_gone_ends_its_service_tasks() {
+    let io = io();
+    let alive = std::rc::Rc::new(());
+    let _task = io.spawn({
+        let (io, alive) = (io.for_service(), alive.clone());
+        async move {
+            let _alive = alive;
+            io.sleep(Duration::from_secs(3600)).await;
+        }
+    });
+    io.turn();
+    assert_eq!(std::rc::Rc::strong_count(&alive), 2);
+    drop(io);
+    assert_eq!(std::rc::Rc::strong_count(&alive), 1);
+}
+
+#[test]
+fn a_message_goes_through_a_socket_and_one_that_waits_is_cancelled() {
+    let io = io();
+    let (a, b) = std::os::unix::net::UnixStream::pair().unwrap();
+    let [a, b] = [a, b].map(|end| IoFile::new(File::from(std::os::fd::OwnedFd::from(end))));
+    let (mut from, mut to) = ([vec![1u8; 3], vec![2; 5]], vec![0u8; 100]);
+    let piece = |bytes: &mut Vec<u8>| libc::iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: bytes.len(),
+    };
+    let (mut out, mut into) = (Message::new(), Message::new());
+    out.pieces.extend(from.iter_mut().map(piece));
+    into.pieces.push(piece(&mut to));
+    // SAFETY: the vectors outlive the operations.
+    let (sent, received) = io.block_on(async {
+        let receiving = unsafe { io.receive(&b, &mut into) };
+        let sent = unsafe { io.send(&a, &mut out) }.await;
+        (sent.unwrap(), receiving.await.unwrap())
+    });
+    assert_eq!((sent, received), (8, 8));
+    assert_eq!(to[..9], [1, 1, 1, 2, 2, 2, 2, 2, 0]);
+    // SAFETY: as above. Nothing comes.
+    drop(unsafe { io.receive(&b, &mut into) });
+}

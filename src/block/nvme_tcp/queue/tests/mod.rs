@@ -1,5 +1,8 @@
 //! Queues against a controller played by a thread ([`peer`]), with the paths' threads played by [`rig`].
 
+mod ends;
+mod faults;
+mod paths;
 mod peer;
 mod rig;
 mod transfers;

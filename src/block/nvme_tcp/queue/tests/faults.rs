@@ -1,0 +1,253 @@
+//! Connections that end, controllers that fail, and answers that do not come.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::all;
+use super::peer::Do;
+use super::rig::{Rig, Setup, pattern};
+use crate::block::{ErrorKind, Result};
+
+const LEN: usize = 16 << 10;
+const DNR: u16 = 1 << 14;
+
+fn read(rig: &Rig, offset: u64) -> Result<()> {
+    let mut buf = rig.io.buf(LEN);
+    rig.io
+        .block_on(rig.storage().read(&rig.io, offset, buf.sg()))?;
+    for (at, byte) in (offset..).zip(&*buf) {
+        assert_eq!(*byte, pattern(at), "{at:#x}");
+    }
+    Ok(())
+}
+
+/// 32 requests at once, half of them writes, and all bytes right.
+fn round(rig: &Rig, round: u64) {
+    let half = 2 << 20;
+    rig.io.block_on(async {
+        let mut bufs: Vec<_> = (0..32).map(|_| rig.io.buf(LEN)).collect();
+        let pending: Vec<_> = (0u64..)
+            .zip(&mut bufs)
+            .map(|(n, buf)| {
+                let place = n * LEN as u64;
+                if n % 2 == 0 {
+                    return rig.storage().begin_read(&rig.io, place, buf.sg());
+                }
+                buf.fill((n + round) as u8);
+                rig.storage().begin_write(&rig.io, half + place, buf.sg())
+            })
+            .collect();
+        for done in all(pending.into_iter().map(|one| one.finish(&rig.io))).await {
+            done.unwrap();
+        }
+        for (n, buf) in (0u64..).zip(&bufs).step_by(2) {
+            let place = n * LEN as u64;
+            assert!((place..).zip(&**buf).all(|(at, b)| *b == pattern(at)));
+        }
+    });
+    rig.peer().with_disk(|disk| {
+        for n in (1..32).step_by(2) {
+            let at = half as usize + n * LEN;
+            let want = (n as u64 + round) as u8;
+            assert!(disk[at..at + LEN].iter().all(|b| *b == want), "{n}");
+        }
+    });
+}
+
+#[test]
+fn connections_that_are_cut_again_and_again_cost_no_request() {
+    for digests in [false, true] {
+        let rig = Rig::new(Setup::default().digests(digests, digests));
+        rig.fill();
+        let mut count = 0;
+        rig.peer().script(move |_| {
+            count += 1;
+            match count % 41 {
+                11 => Do::Cut,
+                40 => Do::ExecuteAndCut,
+                _ => Do::It,
+            }
+        });
+        (0..10).for_each(|n| round(&rig, n));
+        assert!(rig.path().told("failed") >= 10);
+    }
+}
+
+#[test]
+fn a_read_that_is_cut_in_the_middle_of_its_data_is_done_again() {
+    let rig = Rig::new(Setup::default());
+    rig.fill();
+    rig.peer().script(|command| match command.number {
+        0 => Do::SendHalf,
+        _ => Do::It,
+    });
+    let mut buf = rig.io.buf(LEN);
+    buf.fill(0xaa);
+    let first = buf.as_ptr();
+    let pending = rig.storage().begin_read(&rig.io, 4096, buf.sg());
+    // SAFETY: the buffer is alive; only the kernel writes to it.
+    rig.until(|| unsafe { first.read_volatile() } == pattern(4096));
+    rig.peer().cut();
+    rig.io.block_on(pending.finish(&rig.io)).unwrap();
+    assert!((4096..).zip(&*buf).all(|(at, byte)| *byte == pattern(at)));
+}
+
+fn with_timeout() -> Rig {
+    let rig = Rig::new(Setup {
+        io_timeout: Duration::from_millis(80),
+        ..Setup::default()
+    });
+    rig.fill();
+    rig
+}
+
+#[test]
+fn a_command_that_takes_too_long_is_aborted_and_done_again() {
+    let rig = with_timeout();
+    rig.peer().script(|command| match command.number {
+        0 => Do::Hold,
+        _ => Do::It,
+    });
+    read(&rig, 0).unwrap();
+    assert_eq!(rig.path().told("abort"), 1);
+    assert_eq!(rig.path().told("failed"), 0);
+}
+
+#[test]
+fn a_command_whose_abort_does_not_help_ends_its_connection() {
+    let rig = with_timeout();
+    rig.path().aborts.store(false, Ordering::SeqCst);
+    rig.peer().script(|command| match command.number {
+        0 => Do::Hold,
+        _ => Do::It,
+    });
+    read(&rig, 0).unwrap();
+    assert_eq!(rig.path().told("abort"), 1);
+    assert_eq!(rig.path().told("failed: a command has got no answer"), 1);
+}
+
+#[test]
+fn a_command_that_is_never_answered_fails_in_the_end() {
+    let rig = with_timeout();
+    rig.path().aborts.store(false, Ordering::SeqCst);
+    rig.peer().script(|_| Do::Hold);
+    let error = read(&rig, 4096).unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("read: it got no answer in time"), "{text}");
+    assert_eq!(error.offset(), Some(4096));
+    assert_eq!(rig.peer().seen().len(), 6);
+}
+
+#[test]
+fn time_stands_still_when_nothing_is_under_way() {
+    let rig = with_timeout();
+    read(&rig, 0).unwrap();
+    let start = Instant::now();
+    // Ticks, if there were any, would come every 10 ms.
+    loop {
+        assert!(start.elapsed() < Duration::from_secs(20), "it goes on");
+        while rig.io.turn() {}
+        rig.io.park(Some(Duration::from_millis(100)));
+        if !rig.io.turn() {
+            break;
+        }
+    }
+    read(&rig, 4096).unwrap();
+}
+
+#[test]
+fn data_with_a_wrong_digest_are_fetched_again() {
+    let rig = Rig::new(Setup::default().digests(false, true));
+    rig.fill();
+    rig.peer().script(|command| match command.number {
+        0 => Do::WrongDigest,
+        _ => Do::It,
+    });
+    read(&rig, 8192).unwrap();
+    assert_eq!(rig.peer().seen().len(), 2);
+    assert_eq!(
+        rig.path().told("failed"),
+        0,
+        "the connection is as good as it was"
+    );
+}
+
+#[test]
+fn a_failed_command_is_tried_again_unless_the_controller_advises_against_it() {
+    let rig = Rig::new(Setup::default());
+    rig.fill();
+    rig.peer().script(|command| match command.number {
+        0..5 => Do::Fail(0x281),
+        _ => Do::It,
+    });
+    read(&rig, 0).unwrap();
+    rig.peer().forget();
+    rig.peer().script(|_| Do::Fail(0x281));
+    let error = read(&rig, 4096).unwrap_err();
+    assert_eq!(rig.peer().seen().len(), 6, "once, and five times more");
+    assert_eq!((error.kind(), error.offset()), (ErrorKind::Io, Some(4096)));
+    let text = error.to_string();
+    let want = "nvme+tcp://127.0.0.1/test: at offset 0x1000: read failed: Unrecovered Read Error";
+    assert!(text.starts_with(want), "{text}");
+    for (status, kind) in [
+        (0x083, ErrorKind::Locked),
+        (0x080, ErrorKind::OutOfRange),
+        (0x286, ErrorKind::NotAllowed),
+    ] {
+        rig.peer().forget();
+        rig.peer().script(move |_| Do::Fail(DNR | status));
+        assert_eq!(read(&rig, 0).unwrap_err().kind(), kind);
+        assert_eq!(rig.peer().seen().len(), 1);
+    }
+}
+
+#[test]
+fn one_part_of_a_request_that_fails_fails_it_and_the_queue_goes_on() {
+    let mut setup = Setup::default();
+    setup.limits.max_transfer = 4096;
+    setup.params.depth = 2;
+    let rig = Rig::new(setup);
+    rig.fill();
+    rig.peer().script(|command| match command.slba() {
+        16 => Do::Fail(DNR | 0x281),
+        _ => Do::It,
+    });
+    let error = read(&rig, 0).unwrap_err();
+    assert_eq!(error.offset(), Some(8192), "{error}");
+    read(&rig, 16384).unwrap();
+}
+
+#[test]
+fn a_retry_waits_as_long_as_the_controller_asks() {
+    let mut setup = Setup::default();
+    setup.limits.retry_delays = [0, 2, 0];
+    let rig = Rig::new(setup);
+    rig.fill();
+    // Command Interrupted, CRD 2.
+    rig.peer().script(|command| match command.number {
+        0 => Do::Fail(0x021 | 2 << 11),
+        _ => Do::It,
+    });
+    let start = Instant::now();
+    read(&rig, 0).unwrap();
+    assert!(start.elapsed() >= Duration::from_millis(200));
+}
+
+#[test]
+fn a_controller_that_breaks_the_protocol_is_told_so_and_connected_anew() {
+    let rig = Rig::new(Setup::default());
+    rig.fill();
+    rig.peer().script(|command| match command.number {
+        // A response to a command that nobody sent.
+        0 => {
+            let mut pdu = vec![0; 24];
+            (pdu[0], pdu[2], pdu[4]) = (0x05, 24, 24);
+            pdu[20..22].copy_from_slice(&(command.cid() ^ 1).to_le_bytes());
+            Do::Say(pdu)
+        }
+        _ => Do::It,
+    });
+    read(&rig, 0).unwrap();
+    assert_eq!(rig.path().told("failed: protocol error"), 1);
+    rig.until(|| rig.peer().terminated() == 1);
+}
