@@ -170,6 +170,13 @@ run_scenarios() {
     done
 }
 
+# prepare_targets: what the scenarios nvme-… take their targets from. Those that miss something skip themselves.
+prepare_targets() {
+    ensure openssl=openssl
+    (target_in "$CACHE_DIR/guest" && get_target) || true
+    (get_target_newer && get_target_tls) || true
+}
+
 # What the scenarios need, once and before them.
 ensure_qemu
 ensure fio=fio mke2fs=e2fsprogs mcopy=mtools sfdisk=fdisk grub-mkimage=grub-common \
@@ -177,6 +184,7 @@ ensure fio=fio mke2fs=e2fsprogs mcopy=mtools sfdisk=fdisk grub-mkimage=grub-comm
     /usr/share/OVMF=ovmf
 get_guest
 choose_accel
+[[ " ${WANTED[*]}" != *" nvme-"* ]] || prepare_targets
 if backend_is_virtioblkd && [[ $VIRTIOBLKD == "$REPO_ROOT/target/release/virtioblkd" ]]; then
     build_virtioblkd
     # Here, and not in the time of the scenario.

@@ -68,11 +68,12 @@ wait_writes() {
     done
 }
 
-# fio_verify ENGINE DEPTH NAME OFFSET_KIB SIZE_MIB OPTIONS...: random writes, read back and compared by crc32c.
+# fio_verify ENGINE DEPTH NAME OFFSET_KIB SIZE_MIB OPTIONS...: random writes, read back and compared by crc32c. DISK says
+# where, if not on vda.
 fio_verify() {
     engine=$1 depth=$2 name=$3 offset=$4 size=$5
     shift 5
-    fio --name="$name" --filename=/dev/vda --rw=randwrite --direct=1 --ioengine="$engine" --iodepth="$depth" \
+    fio --name="$name" --filename="/dev/${DISK:-vda}" --rw=randwrite --direct=1 --ioengine="$engine" --iodepth="$depth" \
         --offset="${offset}k" --size="${size}M" --verify=crc32c --verify_fatal=1 --verify_dump=0 \
         --randseed="$offset" --output-format=terse --terse-version=5 --output=/tmp/fio.out "$@" ||
         fail "fio $name"

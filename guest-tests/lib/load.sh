@@ -45,6 +45,19 @@ longest_pause() {
     guest_result "$1" LONGEST
 }
 
+# requests_done VM: by its first disk, reads and writes, since it booted.
+requests_done() {
+    local before deadline=$((SECONDS + 30))
+    before=$(grep -c '^COUNT' "$RUN_DIR/$1.result" || true)
+    vm_order "$1" count
+    until (($(grep -c '^COUNT' "$RUN_DIR/$1.result" || true) > before)); do
+        load_ok "$1"
+        ((SECONDS <= deadline)) || fail "the guest does not answer for 30 s"
+        sleep 0.05
+    done
+    guest_result "$1" COUNT
+}
+
 # end_load VM: the load ends, is verified, and the machine powers itself off.
 end_load() {
     vm_order "$1" stop
@@ -55,7 +68,7 @@ end_load() {
 # --- in the guest --------------------------------------------------------------
 
 # fio in a file, files with fsync and checksums beside it, and single reads of the disk. A second disk, if there is
-# one, is written without any flush. Orders: pause, stop.
+# one, is written without any flush. Orders: pause, count, stop.
 guest_load() {
     stty -F /dev/ttyS2 raw -echo
     exec 3</dev/ttyS2
@@ -80,7 +93,10 @@ guest_load() {
     wait_writes vda 300
     result "UNDER LOAD"
     while read -r order <&3 && [ "$order" != stop ]; do
-        [ "$order" != pause ] || kill -USR1 "$(cat /tmp/pulse)"
+        case $order in
+        pause) kill -USR1 "$(cat /tmp/pulse)" ;;
+        count) result "COUNT $(awk '{ print $1 + $5 }' /sys/block/vda/stat)" ;;
+        esac
     done
     : >/tmp/stop
     kill -TERM "$(cat /tmp/pulse)"

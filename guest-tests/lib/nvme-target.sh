@@ -9,17 +9,18 @@ NVME_NQN=nqn.2024-01.org.virtioblkd:target
 # A host's name and identifier as virtioblkd is told them.
 NVME_HOST_NQN=nqn.2014-08.org.nvmexpress:uuid:5e1f0000-0000-4000-8000-00000000000a
 NVME_HOST_ID=5e1f0000-0000-4000-8000-00000000000a
+NVME_HOST=(--nvme-host-nqn "$NVME_HOST_NQN" --nvme-host-id "$NVME_HOST_ID")
 NVME_PORTS=1
 NVME_QUESTIONS=0
 
-# nvme_need [newer|tls]: the target's kernel and initramfs: the distribution's own, or a newer one for authentication,
-# and TLS. Leaves guest_in as it is.
+# nvme_need own|newer|tls: the target's kernel, the distribution's own or a newer one, which has authentication; with tls
+# also the programs for it. Leaves guest_in as it is.
 nvme_need() {
     local dir=$GUEST_DIR
     backend_is_virtioblkd || skip "qemu-storage-daemon has no NVMe/TCP initiator"
     target_in "$CACHE_DIR/guest"
-    case ${1:-} in
-    '') get_target || skip "this distribution's kernel has no nvmet-tcp" ;;
+    case $1 in
+    own) get_target || skip "this distribution's kernel has no nvmet-tcp" ;;
     newer) get_target_newer || skip "no newer kernel with nvmet-tcp in reach of apt" ;;
     tls)
         get_target_newer || skip "no newer kernel with nvmet-tcp in reach of apt"
@@ -28,7 +29,7 @@ nvme_need() {
     esac
     NVME_KERNEL=$GUEST_KERNEL
     NVME_INITRD=$TARGET_INITRD
-    [[ ${1:-} != tls ]] || NVME_INITRD=$TARGET_TLS_INITRD
+    [[ $1 != tls ]] || NVME_INITRD=$TARGET_TLS_INITRD
     guest_in "$dir"
 }
 
@@ -108,15 +109,90 @@ nvme_serve() {
 # nvme_uri [NQN [NSID]]: through all ports.
 nvme_uri() { printf 'nvme+tcp://%s/%s?nsid=%s' "$NVME_ADDRESS" "${1:-$NVME_NQN}" "${2:-1}"; }
 
+# nvme_backend NAME NSID [virtioblkd options]: serves a namespace of NVME_NQN.
+nvme_backend() {
+    local name=$1 nsid=$2
+    shift 2
+    start_backend "$name" "$(nvme_uri "$NVME_NQN" "$nsid")" raw "${NVME_HOST[@]}" "$@"
+}
+
+# nvme_link PORT true|false: what goes to and fro on it is lost without a word.
+nvme_link() { vm_qmp target set_link "{\"name\":\"nic$1\",\"up\":$2}" || fail "set_link: $VM_ANSWER"; }
+
+# nvme_resize DISK BYTES: the target's DISKth file, and who is connected is told.
+nvme_resize() {
+    vm_qmp target block_resize "{\"device\":\"file$1\",\"size\":$2}" || fail "block_resize: $VM_ANSWER"
+    nvme_do "echo 1 | tee /sys/kernel/config/nvmet/subsystems/*/namespaces/$1/revalidate_size"
+}
+
+# check_namespace VM WORD FILE: what the guest read last ("WORD sha256") is what is in the target's file.
+check_namespace() {
+    local seen
+    seen=$(guest_result "$1" "$2")
+    [[ -n $seen ]] || fail "the guest told no $2"
+    same "the namespace's contents ($3), guest and file" "$seen" "$(sha256_of "$RUN_DIR/$3")"
+}
+
 # nvme_end: the target powers itself off, having let go of its files.
 nvme_end() {
     vm_order target "$((NVME_QUESTIONS + 1)) poweroff -f"
     vm_wait target 30 || fail "the end of the target"
 }
 
+# --- keys for TLS --------------------------------------------------------------
+
+# nvme_psk KEY VERSION NQN: "HEX IDENTITY", the pre-shared key for NVME_HOST_NQN and the subsystem NQN that follows from
+# KEY ("NVMeTLSkey-1:…"), and its identity in that version (NVMe TCP Transport Specification, 3.6.1.3), by openssl alone.
+# (nvme-cli before 2.16 derives others: its HKDF-Expand-Label leaves out the lengths.)
+nvme_psk() {
+    local number=${1#NVMeTLSkey-1:} key identity digest
+    number=${number%%:*}
+    key=$(printf %s "${1:16}" | tr -d : | base64 -d | to_hex)
+    # Behind it there are four bytes of a checksum.
+    key=${key%????????}
+    if [[ $number == 00 ]]; then
+        if ((${#key} == 64)); then number=01; else number=02; fi
+    else
+        key=$(psk_expand "$number" "$key" HostNQN "$NVME_HOST_NQN")
+    fi
+    identity="NVMe$2R$number $NVME_HOST_NQN $3"
+    if (($2 == 0)); then
+        key=$(psk_expand "$number" "$key" nvme-tls-psk "$identity")
+    else
+        digest=$(printf %s "$NVME_HOST_NQN $3 NVMe-over-Fabrics" | psk_hmac "$number" "$key" | from_hex | base64 -w 0)
+        identity+=" $digest"
+        key=$(psk_expand "$number" "$key" nvme-tls-psk "$number $digest")
+    fi
+    printf '%s %s' "$key" "$identity"
+}
+
+# psk_expand HASH KEY LABEL CONTEXT: HKDF-Extract without a salt, and HKDF-Expand-Label to the length of KEY (RFC 5869,
+# RFC 8446, 7.1), which is not more than the hash has.
+psk_expand() {
+    local prk label="tls13 $3"
+    prk=$(printf %s "$2" | from_hex | psk_hmac "$1" "$(printf '%0*d' "${#2}" 0)")
+    {
+        printf '%04x%02x' "$((${#2} / 2))" "${#label}"
+        printf %s "$label" | to_hex
+        printf '%02x' "${#4}"
+        printf %s "$4" | to_hex
+        printf '01'
+    } | from_hex | psk_hmac "$1" "$prk"
+}
+
+# psk_hmac HASH KEY: of its input, as hexadecimal digits.
+psk_hmac() {
+    local hash=sha256
+    [[ $1 != 02 ]] || hash=sha384
+    openssl dgst "-$hash" -mac HMAC -macopt "hexkey:$2" -binary | to_hex
+}
+
+to_hex() { od -An -v -tx1 | tr -d ' \n'; }
+from_hex() { sed 's/../\\x&/g' | { read -r hex || true; printf %b "$hex"; }; }
+
 # --- in the target -------------------------------------------------------------
 
-NVME_FUNCTIONS="subsystem namespace port offer withdraw ana allow psk nvme_target"
+NVME_FUNCTIONS="subsystem namespace port offer withdraw ana allow admit psk nvme_target"
 
 # Runs lines that begin with a number, and answers with that number.
 nvme_target() {
@@ -188,6 +264,11 @@ allow() {
     [ -z "${4:-}" ] || echo "$4" >dhchap_ctrl_key
     [ -z "${5:-}" ] || echo "$5" >dhchap_hash
     [ -z "${6:-}" ] || echo "$6" >dhchap_dhgroup
+    admit "$1" "$2"
+}
+
+# admit NQN HOST: one that was allowed elsewhere already.
+admit() {
     echo 0 >"/sys/kernel/config/nvmet/subsystems/$1/attr_allow_any_host"
     ln -s "/sys/kernel/config/nvmet/hosts/$2" "/sys/kernel/config/nvmet/subsystems/$1/allowed_hosts/$2"
 }
@@ -196,5 +277,5 @@ allow() {
 psk() {
     hex=$1
     shift
-    printf "$(printf %s "$hex" | sed 's/../\\x&/g')" | keyctl padd psk "$*" %:.nvme
+    printf %b "$(printf %s "$hex" | sed 's/../\\x&/g')" | keyctl padd psk "$*" %:.nvme
 }
