@@ -175,6 +175,7 @@ prepare_targets() {
     ensure openssl=openssl
     (target_in "$CACHE_DIR/guest" && get_target) || true
     (get_target_newer && get_target_tls) || true
+    [[ " ${WANTED[*]} " != *" nvme-migration "* ]] || (get_target_newest) || true
 }
 
 # What the scenarios need, once and before them.

@@ -13,8 +13,8 @@ NVME_HOST=(--nvme-host-nqn "$NVME_HOST_NQN" --nvme-host-id "$NVME_HOST_ID")
 NVME_PORTS=1
 NVME_QUESTIONS=0
 
-# nvme_need own|newer|tls: the target's kernel, the distribution's own or a newer one, which has authentication; with tls
-# also the programs for it. Leaves guest_in as it is.
+# nvme_need own|newer|tls|newest: the target's kernel, the distribution's own or a newer one, which has authentication;
+# with tls also the programs for it; the newest has reservations. Leaves guest_in as it is.
 nvme_need() {
     local dir=$GUEST_DIR
     backend_is_virtioblkd || skip "qemu-storage-daemon has no NVMe/TCP initiator"
@@ -26,6 +26,7 @@ nvme_need() {
         get_target_newer || skip "no newer kernel with nvmet-tcp in reach of apt"
         get_target_tls || skip "no package ktls-utils in reach of apt"
         ;;
+    newest) get_target_newest || skip "no kernel of Debian 13's backports in reach of apt" ;;
     esac
     NVME_KERNEL=$GUEST_KERNEL
     NVME_INITRD=$TARGET_INITRD
@@ -104,6 +105,11 @@ nvme_serve() {
             nvme_do offer "$port" "$nqn"
         done
     done
+}
+
+# nvme_host LETTER: NVME_HOST, options that make virtioblkd another host.
+nvme_host() {
+    NVME_HOST=(--nvme-host-nqn "${NVME_HOST_NQN%?}$1" --nvme-host-id "${NVME_HOST_ID%?}$1")
 }
 
 # nvme_uri [NQN [NSID]]: through all ports.
@@ -232,6 +238,8 @@ namespace() {
     cd "$2"
     echo "$3" >device_path
     [ -z "${4:-}" ] || echo "$4" >ana_grpid
+    # Newer kernels have reservations.
+    [ ! -e resv_enable ] || echo 1 >resv_enable
     echo 1 >enable
 }
 

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-SUMMARY="NVMe/TCP: live migrations under load between two QEMUs, whose backends have the same namespace; requests per second before, during and after"
+SUMMARY="NVMe/TCP: live migrations under load between two QEMUs, whose backends have the same namespace; requests per second before, during and after; a third is kept out"
 
 source "$REPO_ROOT/guest-tests/lib/load.sh"
 source "$REPO_ROOT/guest-tests/lib/migrate.sh"
@@ -8,15 +8,24 @@ source "$REPO_ROOT/guest-tests/lib/nvme-target.sh"
 MIGRATIONS=${MIGRATIONS:-2}
 
 host() {
-    local trip from=m0 to side=a before during pause started=0 done=0
+    local trip from=m0 to side before during pause started=0 done=0
+    local options=(--num-queues 2)
     load_initrd
-    nvme_need own
+    if (get_target_newest) >&2; then
+        nvme_need newest
+        options+=(--nvme-reservations)
+    else
+        nvme_need own
+    fi
     make_base "$RUN_DIR/disk.raw" 96
     nvme_start disk.raw
     nvme_do "subsystem $NVME_NQN; namespace $NVME_NQN 1 /dev/vda"
     nvme_serve
-    nvme_backend a 1 --num-queues 2
-    nvme_backend b 1 --num-queues 2
+    for side in a b; do
+        nvme_host "$side"
+        nvme_backend "$side" 1 "${options[@]}"
+    done
+    side=a
     MEMORY=320M ORDERS=yes
     start_guest m0 "$LOAD_FUNCTIONS" a,num-queues=2
     guest_says m0 "UNDER LOAD" "$GUEST_TIMEOUT"
@@ -32,6 +41,7 @@ host() {
         migrate "$from" "$to"
         during=$(per_second "$done" "$(requests_done "$to")" "$started")
         load_ok "$to"
+        [[ ${options[*]} != *reservations* ]] || kept_out
         pause=$(longest_pause "$to")
         say "$(printf 'migration %d         %8d %8d %8d %7d ms %7d ms' \
             "$trip" "$before" "$during" "$(rate "$to" 3)" "$DOWNTIME_MS" $((pause / 1000)))"
@@ -44,6 +54,17 @@ host() {
     backend_complaints a b
     check_namespace "$from" SHA disk.raw
     nvme_end
+}
+
+# kept_out: a third host does not get at the namespace while another one holds it.
+kept_out() {
+    local status=0
+    nvme_host c
+    (cd "$RUN_DIR" && exec timeout 30 "$VIRTIOBLKD" --blk-file "$(nvme_uri)" --format raw --socket-path third.sock \
+        "${NVME_HOST[@]}" "${options[@]}") >"$RUN_DIR/third.log" 2>&1 </dev/null || status=$?
+    ((status != 0)) || fail "a third host was let in"
+    ((status != 124)) || fail "a third host tries for ever"
+    grep -i reservation "$RUN_DIR/third.log" | tail -n 1 >&2 || fail "no word of the reservation in third.log"
 }
 
 # per_second COUNT COUNT SINCE: between then (EPOCHREALTIME) and now.

@@ -7,7 +7,7 @@ source "$REPO_ROOT/guest-tests/lib/nvme-target.sh"
 SECRETS=()
 
 host() {
-    local both=$NVME_NQN.both tls=$NVME_NQN.tls all=$NVME_NQN.all key fd version
+    local both=$NVME_NQN.both tls=$NVME_NQN.tls all=$NVME_NQN.all key fd nqn name
     nvme_need tls
     ensure openssl=openssl
     make_base "$RUN_DIR/disk.raw" 32
@@ -32,11 +32,9 @@ host() {
     nvme_do "allow $both $NVME_HOST_NQN $(<"$RUN_DIR/host.key") $(<"$RUN_DIR/controller.key") 'hmac(sha384)' ffdhe3072"
     nvme_do "admit $NVME_NQN $NVME_HOST_NQN; admit $all $NVME_HOST_NQN"
     nvme_do "offer 1 $NVME_NQN; offer 1 $both; offer 2 $tls; offer 2 $all"
-    for nqn in "$tls" "$all"; do
-        for version in 0 1; do
-            nvme_do "psk $(nvme_psk "$key" "$version" "$nqn")"
-        done
-    done
+    # The specification's identity, and the one of the nvme-cli in use, which many targets have.
+    nvme_do "psk $(nvme_psk "$key" 1 "$tls")"
+    nvme_do "nvme check-tls-key --keydata=$key --hostnqn=$NVME_HOST_NQN --subsysnqn=$all --identity=0 --insert"
 
     refused none 1 "$NVME_NQN" authenticat
     refused wrong 1 "$NVME_NQN" authenticat --nvme-dhchap-secret file:other.key

@@ -64,12 +64,13 @@ get_kernel() {
     rm -rf "$root"
     fetch_package "$image" "$root"
     modules=linux-modules-${image#linux-image-}
-    # Ubuntu keeps the modules in a package of their own.
+    # Ubuntu, and Debian from 7.0 on, keep the modules in a package of their own, and the latter the kernel, too.
     ! compgen -G "$root/lib/modules/*/kernel" >/dev/null && ! compgen -G "$root/usr/lib/modules/*/kernel" >/dev/null &&
         fetch_package "$modules" "$root"
+    ! compgen -G "$root/boot/vmlinuz-*" >/dev/null && fetch_package "linux-binary-${image#linux-image-}" "$root"
     rm -rf "$GUEST_DIR/root"
     mv "$root" "$GUEST_DIR/root"
-    cp "$GUEST_DIR"/root/boot/vmlinuz-* "$GUEST_KERNEL.new"
+    find "$GUEST_DIR/root" -name 'vmlinuz*' -type f -exec cp {} "$GUEST_KERNEL.new" \;
     mv "$GUEST_KERNEL.new" "$GUEST_KERNEL"
 }
 

@@ -118,27 +118,42 @@ use_backports() {
     apt-cache "${APT_EXTRA[@]}" policy "$2" | grep -- -backports >/dev/null
 }
 
-# fetch_tree CODENAME SUITE DIR PACKAGE...: unpacks these packages of SUITE, and all that they depend on, in DIR. SUITE is
-# looked for in the machine's own archive, the one that offers CODENAME, with lists and a state of apt for this call
-# only: to it nothing is installed. False when that archive has no such suite, or the suite no such package.
-fetch_tree() {
-    local archive dir=$3 own=$3.apt package
+# use_suites CODENAME SUITE...: lets apt see nothing but these suites, the last one preferred, for the calls of this
+# script, and with lists and a state of their own: nothing counts as installed. They are looked for in the machine's
+# own archive, the one that offers CODENAME. False when it has no such suites.
+use_suites() {
+    local archive suite own=$CACHE_DIR/apt/${*: -1}
     archive=$(apt_archives "$1" | sed -n 1p)
     [[ -n $archive ]] || return 1
-    rm -rf "$own" "$dir.new"
-    mkdir -p "$own"/{lists,cache/archives}/partial "$dir.new"
-    printf 'deb %s %s %s main\n' "${archive%%|*}" "${archive#*|}" "$2" >"$own/sources.list"
+    mkdir -p "$own"/{lists,cache/archives}/partial
     : >"$own/status"
-    local apt=(apt-get -qq -o Dir::State::status="$own/status" -o Dir::State::lists="$own/lists" -o Dir::Cache="$own/cache"
-        -o Dir::Etc::SourceList="$own/sources.list" -o Dir::Etc::SourceParts=/dev/null
-        -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts=/dev/null -o APT::Sandbox::User=root
-        -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false)
-    "${apt[@]}" update >"$CACHE_DIR/apt.log" 2>&1 &&
-        "${apt[@]}" -y --no-install-recommends --download-only install "${@:4}" >>"$CACHE_DIR/apt.log" 2>&1 || return
-    for package in "$own"/cache/archives/*.deb; do
+    for suite in "${@:2}"; do
+        printf 'deb %s %s %s main\n' "${archive%%|*}" "${archive#*|}" "$suite"
+    done >"$own/sources.list"
+    APT_EXTRA=(-o "Dir::State::status=$own/status" -o "Dir::State::lists=$own/lists" -o "Dir::Cache=$own/cache"
+        -o "Dir::Etc::SourceList=$own/sources.list" -o Dir::Etc::SourceParts=/dev/null
+        -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts=/dev/null
+        -o APT::Sandbox::User=root -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false
+        -o "APT::Default-Release=${*: -1}")
+    APT_FRESH=no
+    apt_update
+    [[ -n $(compgen -G "$own/lists/*_${*: -1}_*Packages*") ]]
+}
+
+# fetch_tree DIR PACKAGE...: unpacks these packages and all that they depend on in DIR, of the suites that apt sees after
+# use_suites. False when there is no such package.
+fetch_tree() {
+    local dir=$1 package archives
+    shift
+    rm -rf "$dir.new"
+    mkdir -p "$dir.new"
+    apt-get "${APT_EXTRA[@]}" -qq -y --no-install-recommends --download-only install "$@" >"$CACHE_DIR/apt.log" 2>&1 || return
+    eval "$(apt-config "${APT_EXTRA[@]}" shell archives Dir::Cache::archives/d)"
+    for package in "$archives"/*.deb; do
         dpkg -x "$package" "$dir.new" || return
+        rm "$package"
     done
-    rm -rf "$dir" "$own"
+    rm -rf "$dir"
     mv "$dir.new" "$dir"
 }
 

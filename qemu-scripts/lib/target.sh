@@ -41,6 +41,21 @@ get_target_newer() {
     fi
 }
 
+# get_target_newest: the same with the kernel of the backports of Debian 13, whose target has reservations. False where
+# the machine's archive is not Debian's.
+get_target_newest() {
+    local codename
+    target_in "$CACHE_DIR/guest-newest"
+    codename=$(os_field VERSION_CODENAME)
+    if [[ ! -e $GUEST_KERNEL ]]; then
+        [[ $(os_field ID) == debian ]] || return 1
+        mkdir -p "$GUEST_DIR"
+        # In a subshell: nobody is to install packages from there.
+        (use_suites "$codename" trixie trixie-backports && get_kernel "$(kernel_package)") || return 1
+    fi
+    get_target
+}
+
 # --- TLS ---------------------------------------------------------------------
 
 # Programs of a distribution that may be newer than this one, with their own libraries. They run here, too: see
@@ -49,14 +64,14 @@ NVME_TOOLS=$CACHE_DIR/nvme-tools
 
 # get_nvme_tools: tlshd, keyctl and nvme, in NVME_TOOLS. False when no archive in reach has them.
 get_nvme_tools() {
-    local codename suite program
+    local suite
     [[ ! -e $NVME_TOOLS/usr/sbin/tlshd ]] || return 0
-    codename=$(os_field VERSION_CODENAME)
-    suite=$codename
+    suite=$(os_field VERSION_CODENAME)
     # Debian 12 has no ktls-utils.
-    [[ $codename != bookworm ]] || suite=trixie
+    [[ $suite != bookworm ]] || suite=trixie
     step "fetching ktls-utils, keyutils and nvme-cli of $suite (unpacked in the cache, not installed)"
-    fetch_tree "$codename" "$suite" "$NVME_TOOLS" ktls-utils keyutils nvme-cli
+    # In a subshell: nobody is to install packages from there.
+    (use_suites "$(os_field VERSION_CODENAME)" "$suite" && fetch_tree "$NVME_TOOLS" ktls-utils keyutils nvme-cli)
 }
 
 # nvme_tool PROGRAM ARGUMENTS...: runs a program of NVME_TOOLS with the libraries that it was built for.
