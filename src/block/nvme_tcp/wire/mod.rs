@@ -1,12 +1,15 @@
 //! Encoding and decoding of what goes over the wire. No I/O, no `unsafe`, and no panic on any bytes:
 //! everything that a target sends is untrusted.
 
+mod codes;
 pub mod command;
 pub mod digest;
 mod error;
 pub mod identify;
 pub mod pdu;
 pub mod status;
+#[cfg(test)]
+mod tests;
 
 pub use command::{Cqe, Nlb, Sqe};
 pub use error::{FatalErrorStatus, ProtocolError, TermReqBytes, Violation};
