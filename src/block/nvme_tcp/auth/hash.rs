@@ -4,7 +4,7 @@ use openssl::error::ErrorStack;
 use openssl::hash::MessageDigest;
 use openssl::pkey::PKey;
 use openssl::sign::Signer;
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
 /// A hash function (NVM Express Base Specification 2.1, section 8.3.5.5.2: HashID).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,8 +71,10 @@ impl Hash {
         self,
         data: &[u8],
     ) -> Result<Zeroizing<Vec<u8>>, ErrorStack> {
-        let digest = openssl::hash::hash(self.openssl(), data)?;
-        Ok(Zeroizing::new(digest.to_vec()))
+        let mut digest = openssl::hash::hash(self.openssl(), data)?;
+        let result = Zeroizing::new(digest.to_vec());
+        digest.zeroize();
+        Ok(result)
     }
 
     /// HMAC (RFC 2104) of `parts`, one behind the other.

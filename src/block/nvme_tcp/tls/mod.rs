@@ -12,6 +12,7 @@
 
 mod ffi;
 mod handshake;
+mod keyring;
 mod psk;
 mod session;
 mod stream;

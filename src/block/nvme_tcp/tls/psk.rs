@@ -140,6 +140,23 @@ impl TlsPsk {
         })
     }
 
+    /// Bytes of the longest key.
+    pub(super) const MAX_KEY: usize = 48;
+
+    /// Of a key that was derived already, with its identity; none if the two do not fit.
+    pub(super) fn derived(identity: String, key: Zeroizing<Vec<u8>>) -> Option<Self> {
+        let hash = match identity.get(6..8)? {
+            "01" => Hash::Sha256,
+            "02" => Hash::Sha384,
+            _ => return None,
+        };
+        (key.len() == hash.digest_len()).then_some(Self {
+            identity,
+            key,
+            hash,
+        })
+    }
+
     /// The identity, which is no secret.
     pub fn identity(&self) -> &str {
         &self.identity

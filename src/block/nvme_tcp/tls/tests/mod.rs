@@ -138,6 +138,14 @@ fn both_suites_carry_large_transfers_in_odd_pieces() {
 }
 
 #[test]
+fn a_session_can_move_to_a_worker() {
+    fn is_send<T: Send>() {}
+    is_send::<TlsSession>();
+    is_send::<TlsStream>();
+    is_send::<TlsPsk>();
+}
+
+#[test]
 fn the_cipher_suite_is_that_of_the_key() {
     for (psk, want) in psks()
         .iter()
