@@ -211,6 +211,11 @@ fn no_error_quotes_a_secret() {
             assert!(error.path() == path);
             shown += &format!("{error} {error:?}");
         }
+        // The keys are 0, 1, 2 and so on.
+        assert!(
+            !shown.contains("4, 5, 6") && !shown.contains("040506"),
+            "{shown}"
+        );
         // Four characters of base64 are three bytes of a key.
         let base64 = &text[10..text.len() - 1];
         for at in 0..base64.len() - 4 {

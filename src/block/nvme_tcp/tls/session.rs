@@ -364,3 +364,27 @@ pub(super) fn alert(error: &openssl::error::Error) -> Option<String> {
     };
     Some(format!("{name}, {number}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Queue;
+
+    #[test]
+    fn a_queue_gives_what_was_put_into_it() {
+        let mut queue = Queue::default();
+        let (mut put, mut taken) = (0usize, 0usize);
+        for n in 0..5000usize {
+            let more: Vec<u8> = (put..put + n * 7919 % 61).map(|byte| byte as u8).collect();
+            queue.put(&more);
+            put += more.len();
+            let count = (n * 104_729 % 63).min(queue.get().len());
+            let got = queue.get()[..count].iter().copied();
+            assert!(got.eq((taken..taken + count).map(|byte| byte as u8)));
+            queue.take(count);
+            taken += count;
+            assert_eq!(queue.get().len(), put - taken);
+        }
+        // What is gone makes room: the memory is that of what waits at a time.
+        assert!(put > 100_000 && queue.bytes.capacity() < 10_000);
+    }
+}
