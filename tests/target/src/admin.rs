@@ -39,7 +39,8 @@ impl Connection {
         Ok(())
     }
 
-    fn reply(&mut self, sqe: &Sqe, reply: Reply) {
+    /// Answers a command.
+    pub fn reply(&mut self, sqe: &Sqe, reply: Reply) {
         match reply {
             Reply::Done(status, result) => self.complete(sqe.cid(), status, result),
             Reply::Data(mut data) => {

@@ -1,9 +1,13 @@
 //! The way of a command through a connection, and its completion.
 
+use crate::admin::Reply;
 use crate::build::Completion;
 use crate::connection::{Connection, Flow};
 use crate::status::Status;
-use crate::wire::{Sqe, op, pdu};
+use crate::wire::{SGL_IN_CAPSULE, SGL_TRANSPORT, Sqe, op, pdu};
+
+/// Bytes of an authentication message at most.
+const AUTH_MESSAGE: u32 = 16 << 10;
 
 impl Connection {
     pub fn on_command(&mut self, sqe: Sqe, data: &[u8], intact: bool) -> Flow {
@@ -62,11 +66,40 @@ impl Connection {
             self.complete(sqe.cid(), Status::TRANSIENT_TRANSPORT_ERROR, 0);
             return Ok(());
         }
+        if sqe.opcode() == op::FABRICS && sqe.fctype() == op::AUTH_SEND {
+            return self.on_auth_send(&sqe, data);
+        }
+        if sqe.opcode() == op::FABRICS && sqe.fctype() == op::AUTH_RECEIVE {
+            self.shared.counters.admin(&sqe);
+            let reply = self.auth_receive(&sqe).unwrap_or_else(Reply::from);
+            self.reply(&sqe, reply);
+            return Ok(());
+        }
+        if self.auth.is_pending() {
+            self.complete(sqe.cid(), Status::AUTHENTICATION_REQUIRED.dnr(), 0);
+            return Ok(());
+        }
         if qid == 0 {
             self.on_admin_command(sqe, data)
         } else {
             self.on_io_command(sqe, data)
         }
+    }
+
+    /// Authentication Send, with its message in the capsule or by R2T.
+    fn on_auth_send(&mut self, sqe: &Sqe, data: &[u8]) -> Flow {
+        self.shared.counters.admin(sqe);
+        let (kind, len) = sqe.sgl();
+        let result = match kind {
+            SGL_IN_CAPSULE if data.len() == len as usize => self.auth_send(sqe, data),
+            SGL_TRANSPORT if (1..=AUTH_MESSAGE).contains(&len) => {
+                self.begin_transfer(sqe, len);
+                return Ok(());
+            }
+            _ => Err(Status::DATA_SGL_LENGTH_INVALID.dnr()),
+        };
+        self.complete(sqe.cid(), result.err().unwrap_or(Status::SUCCESS), 0);
+        Ok(())
     }
 
     /// Answers a command with a status and dwords 0 and 1, and takes it off the queue.

@@ -118,8 +118,11 @@ impl Connection {
             self.attach(&subsystem, cntlid, qid, &hostnqn, &host_id)?
         };
         controller.links.locked().insert(qid, self.link.clone());
-        let result =
-            u64::from(controller.id) | u64::from(self.auth_required(&controller, qid)) << 16;
+        let auth = controller.options.auth.as_ref();
+        self.auth.required = auth.is_some_and(|auth| qid == 0 || auth.io_queues);
+        // AUTHREQ, bits 31:16: an authentication transaction is required (ATR, bit 1).
+        let authreq = u64::from(self.auth.required) << 17;
+        let result = u64::from(controller.id) | authreq;
         // CATTR bit 2: the host switches submission queue flow control off.
         let head = (cattr & 1 << 2 == 0).then_some(0);
         let size = u32::from(sqsize) + 1;
@@ -190,11 +193,6 @@ impl Connection {
             return Err((Status::COMMAND_SEQUENCE_ERROR.dnr(), 0));
         }
         Ok(controller)
-    }
-
-    /// AUTHREQ of Connect's result.
-    fn auth_required(&self, _controller: &Controller, _qid: u16) -> u16 {
-        0
     }
 
     /// Completes Asynchronous Event Requests with what has happened.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::admin::Admin;
+use crate::auth::Auth;
 use crate::build::{self, Format};
 use crate::controller::Controller;
 use crate::io_queue::{IoQueue, Transfer};
@@ -81,6 +82,7 @@ pub(crate) struct Connection {
     pub io: IoQueue,
     pub transfers: HashMap<u16, Transfer>,
     pub late: Late,
+    pub auth: Auth,
 }
 
 impl Connection {
@@ -104,6 +106,7 @@ impl Connection {
             io: IoQueue::default(),
             transfers: HashMap::new(),
             late: Late::default(),
+            auth: Auth::default(),
         }
     }
 

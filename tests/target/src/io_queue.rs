@@ -304,6 +304,7 @@ impl Connection {
                 self.journaled(sqe.cid(), place);
                 Ok(())
             }
+            op::FABRICS => self.auth_send(sqe, data),
             op::DATASET_MANAGEMENT => self.deallocate(sqe, data),
             _ => self.reservation_command(sqe, data),
         }
@@ -330,7 +331,7 @@ impl Connection {
     }
 
     /// Asks the host for a command's data.
-    fn begin_transfer(&mut self, sqe: &Sqe, len: u32) {
+    pub fn begin_transfer(&mut self, sqe: &Sqe, len: u32) {
         let mut buf = self.io.spare.pop().unwrap_or_default();
         buf.clear();
         buf.resize(len as usize, 0);

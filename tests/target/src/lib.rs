@@ -22,6 +22,7 @@
 //! ```
 
 mod admin;
+mod auth;
 mod build;
 mod commands;
 mod connect;
@@ -50,6 +51,7 @@ mod sync;
 mod target;
 mod wire;
 
+pub use auth::{AuthFault, AuthOptions, Group, Hash};
 pub use counters::Snapshot;
 pub use discovery::DISCOVERY_NQN;
 pub use faults::{Fault, Faults, On, Rule, RuleId};

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::auth::AuthOptions;
+
 /// How a port speaks the transport. Changes hold for connections made afterwards.
 #[derive(Clone, Debug)]
 pub struct TransportOptions {
@@ -106,6 +108,8 @@ pub struct ControllerOptions {
     pub version: u32,
     /// Host NQNs that may connect; none: any.
     pub allowed_hosts: Option<Vec<String>>,
+    /// Hosts are authenticated in-band before any other command.
+    pub auth: Option<AuthOptions>,
     /// MAXCMD: commands outstanding on an I/O queue at most; 0: not said.
     pub maxcmd: u16,
 }
@@ -141,6 +145,7 @@ impl Default for ControllerOptions {
             model: "virtioblkd test target".into(),
             version: 0x0002_0000,
             allowed_hosts: None,
+            auth: None,
             maxcmd: 0,
         }
     }
