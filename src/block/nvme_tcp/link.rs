@@ -8,8 +8,9 @@ use std::collections::VecDeque;
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::Waker;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -193,6 +194,9 @@ pub struct SharedPath {
     access: AtomicU8,
     commands: Mutex<VecDeque<PathCommand>>,
     wake: EventFd,
+    /// The path's thread has ended.
+    over: Mutex<bool>,
+    ended: Condvar,
 }
 
 /// A thread that does I/O to the namespace.
@@ -229,6 +233,8 @@ impl SharedPath {
             access: AtomicU8::new(Access::Inaccessible as u8),
             commands: Mutex::new(VecDeque::new()),
             wake: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            over: Mutex::new(false),
+            ended: Condvar::new(),
         })
     }
 
@@ -276,6 +282,26 @@ impl SharedPath {
     pub fn take_commands(&self) -> VecDeque<PathCommand> {
         let _ = self.wake.read();
         std::mem::take(&mut *lock(&self.commands))
+    }
+
+    /// The path's thread ends.
+    pub fn set_ended(&self) {
+        *lock(&self.over) = true;
+        self.ended.notify_all();
+    }
+
+    /// Waits until the path's thread has ended, at most until `deadline`. True if it has.
+    pub fn wait_ended(&self, deadline: Instant) -> bool {
+        let mut over = lock(&self.over);
+        while !*over {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let waited = self.ended.wait_timeout(over, left);
+            over = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        *over
     }
 
     /// Readable when there are commands.
@@ -437,5 +463,16 @@ impl Namespace {
         for path in &self.paths {
             path.send(PathCommand::Close);
         }
+    }
+
+    /// Ends all paths, and waits until their threads have ended: the controllers are told, and the connections are
+    /// closed. For `time` at most; true if all have.
+    pub fn close_and_wait(&self, time: Duration) -> bool {
+        self.close();
+        let deadline = Instant::now() + time;
+        // Each is waited for, although one may have failed: the next one may have ended all the same.
+        self.paths
+            .iter()
+            .fold(true, |all, path| path.wait_ended(deadline) && all)
     }
 }

@@ -13,6 +13,8 @@
 //! "NVM 4.1.5" (NVM Command Set Specification, revision 1.0).
 
 pub mod auth;
+pub mod controller;
+pub mod host;
 pub mod link;
 mod local;
 pub mod machine;

@@ -1,0 +1,353 @@
+//! What happens to a path that works: changes, losses, its end.
+
+use nvme_target::{AnaState, Listening, NamespaceSpec, Notice, SubsystemSpec, Target};
+
+use super::*;
+use crate::block::nvme_tcp::link::{Access, NamespaceState, PathCommand, PathState};
+
+fn granting(queues: u16) -> Target {
+    let subsystem = SubsystemSpec::new(nvme_target::DEFAULT_NQN)
+        .namespace(NamespaceSpec::new(1, 1 << 20))
+        .with(|controller| controller.max_io_queues = queues);
+    Target::builder().subsystem(subsystem).start().unwrap()
+}
+
+#[test]
+fn who_finds_no_queue_left_gets_the_next_that_is_free() {
+    let target = granting(2);
+    let namespace = open(spec(&target)).unwrap();
+    let (mut a, mut b) = (Worker::new(&namespace), Worker::new(&namespace));
+    let (first, _second) = (a.connected(0), b.connected(0));
+    let mut c = Worker::new(&namespace);
+    let why = c.refused();
+    assert!(why.contains("grants only 2 I/O queues"), "{why}");
+    drop(first);
+    namespace.leave(&a.member);
+    assert_eq!(c.connected(0).qid, 1);
+    close(&namespace, &target);
+}
+
+#[test]
+fn after_a_loss_all_members_get_new_queues() {
+    let target = two_ports();
+    let namespace = open(spec(&target)).unwrap();
+    let mut worker = Worker::new(&namespace);
+    let before = worker.both();
+    target.drop_connections_of(0);
+    assert_eq!(worker.lost(0), before[0].generation);
+    let after = worker.connected(0);
+    assert!(after.generation > before[0].generation);
+    worker.until(|| namespace.paths()[0].state() == PathState::Live);
+    assert_eq!(namespace.paths()[1].state(), PathState::Live);
+    close(&namespace, &target);
+}
+
+#[test]
+fn a_queue_that_failed_is_made_again_and_the_others_stay() {
+    let target = one_port();
+    let namespace = open(spec(&target)).unwrap();
+    let (mut a, mut b) = (Worker::new(&namespace), Worker::new(&namespace));
+    let (first, second) = (a.connected(0), b.connected(0));
+    namespace.paths()[0].send(PathCommand::QueueFailed {
+        member: a.member.number(),
+        generation: first.generation,
+        why: "the test says so".to_owned(),
+    });
+    let again = a.connected(0);
+    assert_eq!((again.qid, again.generation), (first.qid, first.generation));
+    // One that is about an association that is over is nothing.
+    namespace.paths()[0].send(PathCommand::QueueFailed {
+        member: b.member.number(),
+        generation: second.generation - 1,
+        why: "the test says so".to_owned(),
+    });
+    assert_eq!(target.counters().associations, 1);
+    close(&namespace, &target);
+}
+
+#[test]
+fn a_path_that_stays_away_is_failing_fast_and_then_lost() {
+    let target = one_port();
+    let spec = spec_of(&[target.address()], |options| {
+        options.fast_io_fail = Some(Duration::from_millis(100));
+        options.ctrl_loss = Some(Duration::from_millis(600));
+        options.reconnect_delay = Duration::from_millis(50);
+    });
+    let namespace = open(spec).unwrap();
+    let mut worker = Worker::new(&namespace);
+    worker.connected(0);
+    target.port(0).set_listening(Listening::Refuse).unwrap();
+    target.drop_connections();
+    worker.lost(0);
+    let path = &namespace.paths()[0];
+    worker.until(|| matches!(path.state(), PathState::FailingFast | PathState::Lost));
+    assert_eq!(path.state(), PathState::FailingFast);
+    let why = worker.refused();
+    assert!(
+        why.contains("given up") && why.contains("connection refused"),
+        "{why}"
+    );
+    assert_eq!(path.state(), PathState::Lost);
+    // Who comes later is told as well.
+    let why = Worker::new(&namespace).refused();
+    assert!(why.contains("given up"), "{why}");
+    assert_eq!(namespace.state(), NamespaceState::Present);
+    close(&namespace, &target);
+}
+
+#[test]
+fn a_path_that_comes_back_is_not_failing_fast_any_more() {
+    let target = one_port();
+    let spec = spec_of(&[target.address()], |options| {
+        options.fast_io_fail = Some(Duration::from_millis(50));
+        options.ctrl_loss = None;
+        options.reconnect_delay = Duration::from_millis(50);
+    });
+    let namespace = open(spec).unwrap();
+    let mut worker = Worker::new(&namespace);
+    worker.connected(0);
+    target.port(0).set_listening(Listening::Refuse).unwrap();
+    target.drop_connections();
+    let path = &namespace.paths()[0];
+    worker.until(|| path.state() == PathState::FailingFast);
+    target.port(0).set_listening(Listening::Serve).unwrap();
+    worker.connected(0);
+    worker.until(|| path.state() == PathState::Live);
+    close(&namespace, &target);
+}
+
+#[test]
+fn a_subsystem_that_refuses_for_good_is_not_tried_again() {
+    let target = one_port();
+    let namespace = open(spec(&target)).unwrap();
+    let mut worker = Worker::new(&namespace);
+    worker.connected(0);
+    target
+        .subsystem(0)
+        .configure(|controller| controller.allowed_hosts = Some(vec![]));
+    target.drop_connections();
+    let why = worker.refused();
+    assert!(why.contains("does not allow this host"), "{why}");
+    assert_eq!(namespace.paths()[0].state(), PathState::Lost);
+    close(&namespace, &target);
+}
+
+#[test]
+fn a_controller_that_fails_is_connected_anew() {
+    let target = one_port();
+    let spec = spec_of(&[target.address()], |options| {
+        options.keep_alive = Duration::from_millis(200);
+    });
+    let namespace = open(spec).unwrap();
+    let mut worker = Worker::new(&namespace);
+    let before = worker.connected(0);
+    target.subsystem(0).fail_controllers();
+    worker.lost(0);
+    assert!(worker.connected(0).generation > before.generation);
+    close(&namespace, &target);
+}
+
+#[test]
+fn keep_alives_keep_an_association_that_does_nothing_else() {
+    let target = one_port();
+    let spec = spec_of(&[target.address()], |options| {
+        options.keep_alive = Duration::from_millis(500);
+    });
+    let namespace = open(spec).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    // Two whole timeouts: without them the target would have ended the association.
+    while target.counters().keep_alives() < 5 {
+        assert!(Instant::now() < deadline);
+        thread::yield_now();
+    }
+    assert_eq!(target.counters().associations, 1);
+    assert_eq!(target.counters().keep_alive_expired, 0);
+    close(&namespace, &target);
+}
+
+#[test]
+fn ana_changes_reach_the_path_with_an_event_and_without() {
+    let target = two_ports();
+    let namespace = open(spec(&target)).unwrap();
+    let mut worker = Worker::new(&namespace);
+    let queues = worker.both();
+    let path = &namespace.paths()[0];
+    let subsystem = target.subsystem(0);
+    for (state, access) in [
+        (AnaState::NonOptimized, Access::NonOptimized),
+        (AnaState::Inaccessible, Access::Inaccessible),
+        (AnaState::PersistentLoss, Access::PersistentLoss),
+        (AnaState::Change, Access::Change),
+        (AnaState::Optimized, Access::Optimized),
+    ] {
+        subsystem.set_ana_state(target.port(0), 1, state, Notice::Send);
+        worker.until(|| path.access() == access);
+        assert_eq!(namespace.paths()[1].access(), Access::Optimized);
+    }
+    // A status of a command may tell it as well.
+    subsystem.set_ana_state(target.port(0), 1, AnaState::Inaccessible, Notice::Silent);
+    let generation = queues[0].generation;
+    path.send(PathCommand::LookAtAccess { generation });
+    worker.until(|| path.access() == Access::Inaccessible);
+    close(&namespace, &target);
+}
+
+#[test]
+fn a_change_of_access_that_takes_too_long_resets_the_controller() {
+    let subsystem = SubsystemSpec::new(nvme_target::DEFAULT_NQN)
+        .namespace(NamespaceSpec::new(1, 1 << 20))
+        .with(|controller| controller.anatt_s = 1);
+    let target = Target::builder().subsystem(subsystem).start().unwrap();
+    let namespace = open(spec(&target)).unwrap();
+    let mut worker = Worker::new(&namespace);
+    let before = worker.connected(0);
+    target
+        .subsystem(0)
+        .set_ana_state(target.port(0), 1, AnaState::Change, Notice::Send);
+    assert_eq!(worker.lost(0), before.generation);
+    close(&namespace, &target);
+}
+
+#[test]
+fn a_namespace_that_grows_or_shrinks_is_told() {
+    let target = one_port();
+    let namespace = open(spec(&target)).unwrap();
+    let changed = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+    namespace.on_change(changed.try_clone().unwrap());
+    let subsystem = target.subsystem(0);
+    for mib in [128, 32] {
+        subsystem.resize(1, mib << 20, Notice::Send).unwrap();
+        changed.read().unwrap();
+        assert_eq!(namespace.bytes(), mib << 20);
+    }
+    subsystem
+        .set_write_protected(1, true, Notice::Send)
+        .unwrap();
+    changed.read().unwrap();
+    assert_eq!(namespace.state(), NamespaceState::WriteProtected);
+    subsystem
+        .set_write_protected(1, false, Notice::Send)
+        .unwrap();
+    changed.read().unwrap();
+    assert_eq!(namespace.state(), NamespaceState::Present);
+    close(&namespace, &target);
+}
+
+#[test]
+fn a_change_that_nobody_told_is_found_after_the_next_loss() {
+    let target = one_port();
+    let namespace = open(spec(&target)).unwrap();
+    let mut worker = Worker::new(&namespace);
+    worker.connected(0);
+    target
+        .subsystem(0)
+        .resize(1, 128 << 20, Notice::Silent)
+        .unwrap();
+    target.drop_connections();
+    worker.lost(0);
+    worker.connected(0);
+    assert_eq!(namespace.bytes(), 128 << 20);
+    close(&namespace, &target);
+}
+
+#[test]
+fn a_namespace_that_is_removed_or_replaced_is_gone() {
+    for replaced in [false, true] {
+        let target = two_ports();
+        let namespace = open(spec(&target)).unwrap();
+        let mut worker = Worker::new(&namespace);
+        let _queues = worker.both();
+        match replaced {
+            true => {
+                let other = NamespaceSpec::new(1, 1 << 20).identity(nvme_target::Identity {
+                    nguid: [9; 16],
+                    eui64: [0; 8],
+                    uuid: [0; 16],
+                });
+                target
+                    .subsystem(0)
+                    .add_namespace(&other, Notice::Send)
+                    .unwrap();
+            }
+            false => drop(
+                target
+                    .subsystem(0)
+                    .remove_namespace(1, Notice::Send)
+                    .unwrap(),
+            ),
+        }
+        worker.until(|| namespace.state() == NamespaceState::Removed);
+        for path in namespace.paths() {
+            assert_eq!(path.state(), PathState::Lost);
+        }
+        close(&namespace, &target);
+    }
+}
+
+#[test]
+fn another_namespace_after_a_loss_is_not_served() {
+    let target = one_port();
+    let namespace = open(spec(&target)).unwrap();
+    let mut worker = Worker::new(&namespace);
+    worker.connected(0);
+    let other = NamespaceSpec::new(1, 64 << 20).identity(nvme_target::Identity {
+        nguid: [9; 16],
+        eui64: [0; 8],
+        uuid: [0; 16],
+    });
+    target
+        .subsystem(0)
+        .add_namespace(&other, Notice::Silent)
+        .unwrap();
+    target.drop_connections();
+    let why = worker.refused();
+    assert!(why.contains("another namespace"), "{why}");
+    assert_eq!(namespace.paths()[0].state(), PathState::Lost);
+    assert_eq!(namespace.state(), NamespaceState::Removed);
+    close(&namespace, &target);
+}
+
+#[test]
+fn a_command_is_aborted_on_the_controller() {
+    let target = one_port();
+    let namespace = open(spec(&target)).unwrap();
+    let queue = Worker::new(&namespace).connected(0);
+    for cid in 0..10 {
+        namespace.paths()[0].send(PathCommand::Abort {
+            generation: queue.generation,
+            qid: queue.qid,
+            cid,
+        });
+    }
+    let deadline = Instant::now() + PATIENCE;
+    while target.counters().aborts < 10 {
+        assert!(Instant::now() < deadline);
+        thread::yield_now();
+    }
+    close(&namespace, &target);
+}
+
+#[test]
+fn a_path_can_be_closed_at_any_time() {
+    // While it connects, and its peer says nothing.
+    let target = two_ports();
+    target.port(1).set_listening(Listening::Hang).unwrap();
+    let spec = spec_of(
+        &[target.port(0).address(), target.port(1).address()],
+        |options| {
+            options.connect_timeout = Duration::from_secs(3600);
+        },
+    );
+    let namespace = open(spec).unwrap();
+    close(&namespace, &target);
+    // While it waits for the next attempt.
+    let spec = spec_of(&[target.address()], |options| {
+        options.reconnect_delay = Duration::from_secs(3600);
+    });
+    let namespace = open(spec).unwrap();
+    target.port(0).set_listening(Listening::Refuse).unwrap();
+    let mut worker = Worker::new(&namespace);
+    target.drop_connections();
+    worker.until(|| namespace.paths()[0].state() == PathState::Connecting);
+    close(&namespace, &target);
+}
