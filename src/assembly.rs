@@ -23,6 +23,9 @@ use crate::virtio::blk::DeviceLimits;
 use crate::virtio::blk::config::{ConfigError, DeviceConfig, Topology};
 use crate::virtio::blk::request::{DeviceId, SerialError};
 
+#[cfg(test)]
+mod tests;
+
 /// Ranges in one discard or write-zeroes request.
 const MAX_RANGES: u32 = 64;
 /// Submission queue entries of the io_uring that reads the images' headers.

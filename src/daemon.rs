@@ -327,6 +327,9 @@ impl Disks {
         let refresh = event()?;
         self.refreshes
             .push(refresh.try_clone().map_err(system("eventfd"))?);
+        device
+            .on_outside_change(refresh.try_clone().map_err(system("eventfd"))?)
+            .map_err(system("eventfd"))?;
         let changed = event()?;
         device.on_change(changed.try_clone().map_err(system("eventfd"))?);
         let (knocker, door) = door().map_err(system("eventfd"))?;

@@ -502,3 +502,27 @@ fn resize_by_another_thread_is_told_to_the_vmm() {
     stopper.stop();
     thread.join().unwrap();
 }
+
+#[test]
+fn a_change_that_the_image_tells_of_itself_reaches_the_vmm_without_a_signal() {
+    let (one, two) = (place(), place());
+    let (remote, other) = (FakeDevice::new(), FakeDevice::new());
+    let endpoints = vec![
+        endpoint(&one.socket, &remote),
+        endpoint(&two.socket, &other),
+    ];
+    let (stopper, thread) = run(endpoints, &Options::default());
+    let mut client = connect(&one.socket);
+    start_ring(&mut client);
+    let mut channel = open_channel(&client);
+    get(&mut client, Req::GET_QUEUE_NUM);
+    *other.size_outside.lock().unwrap() = Some(1 << 40);
+    for size in [1 << 30, 1 << 20] {
+        remote.resize_outside(size);
+        told_of_change(&mut channel);
+        assert_eq!(remote.capacity(), size);
+    }
+    assert_eq!(other.capacity(), 0, "nobody told it to look");
+    stopper.stop();
+    thread.join().unwrap();
+}

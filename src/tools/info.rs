@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 
 use crate::block::crypt::luks;
 use crate::block::error::{Error, ErrorKind, Result};
+use crate::block::nvme_tcp::uri::is_remote;
 use crate::block::qcow2::Header;
 use crate::block::qcow2::bitmaps::{self, Bitmap};
 use crate::block::qcow2::header::{Compression, Encryption, autoclear, compatible, incompatible};
@@ -79,7 +80,7 @@ struct Qcow2Info {
     header: Header,
     snapshots: Vec<Snapshot>,
     bitmaps: Vec<Bitmap>,
-    /// The backing file's path as a name from here; none where it is no file's.
+    /// The backing file's path as a name from here, or its URI; none where it is neither.
     backing: Option<PathBuf>,
 }
 
@@ -147,11 +148,11 @@ fn gather(args: &InfoArgs) -> Result<Vec<Info>> {
     told
 }
 
-/// The last image of a chain, and what it names below it.
+/// The last image of a chain, and what it names below it, unless that is remote: nothing is connected.
 fn next(images: &[Info]) -> Option<(&Info, &crate::block::qcow2::BackingName)> {
     let image = images.last()?;
     let below = image.qcow2.as_ref()?.header.backing.as_ref()?;
-    Some((image, below))
+    (!is_remote(&below.name)).then_some((image, below))
 }
 
 async fn look(io: &Io, path: &Path, format: Format, force_share: bool) -> Result<Info> {
@@ -186,6 +187,9 @@ async fn look(io: &Io, path: &Path, format: Format, force_share: bool) -> Result
                 snapshots: snapshots::list(io, &storage, &header).await?,
                 bitmaps: bitmaps::list(io, &storage, &header).await?,
                 backing: header.backing.as_ref().and_then(|backing| {
+                    if is_remote(&backing.name) {
+                        return Some(PathBuf::from(&backing.name));
+                    }
                     let name = backing.name.strip_prefix("file:").unwrap_or(&backing.name);
                     let is_path = !name.contains(':') || name.starts_with(['/', '.']);
                     is_path.then(|| path.parent().unwrap_or(Path::new("")).join(name))

@@ -252,3 +252,26 @@ fn options_of_the_daemon_and_subcommands_do_not_mix() {
         assert!(load_from(args, &host).is_err(), "{args:?}");
     }
 }
+
+#[test]
+fn a_remote_backing_file_is_told_by_its_name_and_not_connected() {
+    let dir = tempfile::tempdir().unwrap();
+    // Nobody listens there.
+    let uri = "nvme+tcp://127.0.0.1:1/nqn.a?nsid=1";
+    qemu(
+        dir.path(),
+        &format!("qemu-img create -q -u -f qcow2 -F raw -b {uri} top 1M"),
+    );
+    let top = dir.path().join("top").display().to_string();
+    for more in [&[][..], &["--backing-chain"]] {
+        let args = [&["-f", "qcow2", "--output", "json", &top], more].concat();
+        let told = told(&args);
+        let image = told.get(0).unwrap_or(&told);
+        assert_eq!(image["backing-filename"], uri);
+        assert_eq!(image["backing-filename-format"], "raw");
+        assert_eq!(image["full-backing-filename"], uri);
+    }
+    let text = parse(&["-f", "qcow2", "--backing-chain", &top]);
+    let text = show(&text, &gather(&text).unwrap());
+    assert!(text.contains(&format!("backing file: {uri}\n")), "{text}");
+}

@@ -42,6 +42,10 @@ impl Device for BlkDevice {
         BlkDevice::on_change(self, event);
     }
 
+    fn on_outside_change(&self, event: EventFd) -> io::Result<()> {
+        BlkDevice::on_outside_change(self, event)
+    }
+
     fn refresh(&self) -> Result<Resized, String> {
         BlkDevice::refresh(self).map_err(words)
     }

@@ -39,6 +39,10 @@ pub trait Device: Send + Sync {
     /// From now on `event` is signalled whenever the capacity has changed.
     fn on_change(&self, event: EventFd);
 
+    /// From now on `event` is signalled when the image tells of a change by itself: it is time for
+    /// [`Device::refresh`].
+    fn on_outside_change(&self, event: EventFd) -> io::Result<()>;
+
     /// Looks whether the image was given another size by somebody else, and takes it; [`Device::capacity`] is
     /// what it is then.
     fn refresh(&self) -> Result<Resized, String>;

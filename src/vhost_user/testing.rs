@@ -84,6 +84,7 @@ pub(crate) struct FakeDevice {
     /// The capacity that `refresh` finds; `None`: it fails.
     pub(crate) size_outside: Mutex<Option<u64>>,
     changed: Mutex<Option<EventFd>>,
+    outside: Mutex<Option<EventFd>>,
     /// Held by a test to keep `stop_ring` and `reset` from ending.
     pub(crate) gate: Mutex<()>,
 }
@@ -121,6 +122,13 @@ impl FakeDevice {
         }
     }
 
+    /// The image tells of another size by itself.
+    pub(crate) fn resize_outside(&self, size: u64) {
+        *self.size_outside.lock().unwrap() = Some(size);
+        let outside = self.outside.lock().unwrap();
+        outside.as_ref().unwrap().write(1).unwrap();
+    }
+
     fn record(&self, call: Asked) {
         self.calls.lock().unwrap().push(call);
     }
@@ -154,6 +162,11 @@ impl Device for FakeDevice {
 
     fn on_change(&self, event: EventFd) {
         *self.changed.lock().unwrap() = Some(event);
+    }
+
+    fn on_outside_change(&self, event: EventFd) -> std::io::Result<()> {
+        *self.outside.lock().unwrap() = Some(event);
+        Ok(())
     }
 
     fn refresh(&self) -> Result<Resized, String> {

@@ -19,7 +19,7 @@ pub mod link;
 mod local;
 pub mod machine;
 mod queue;
-pub(in crate::block) mod remote;
+pub(crate) mod remote;
 pub mod secret;
 #[cfg(test)]
 mod secret_tests;

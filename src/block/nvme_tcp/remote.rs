@@ -144,7 +144,7 @@ pub(in crate::block) fn look_at(namespace: &Namespace) -> Result<()> {
 
 /// Namespaces without a network: what a test serves is found by the thread that serves it.
 #[cfg(test)]
-pub(in crate::block) mod testing {
+pub(crate) mod testing {
     use std::cell::RefCell;
     use std::path::PathBuf;
 
@@ -167,7 +167,7 @@ pub(in crate::block) mod testing {
     }
 
     /// What a namespace is made of, for [`serve`].
-    pub(in crate::block) fn geometry(block: u32, identity: u8) -> Geometry {
+    pub(crate) fn geometry(block: u32, identity: u8) -> Geometry {
         Geometry {
             block,
             limits: Limits {
@@ -185,12 +185,12 @@ pub(in crate::block) mod testing {
     }
 
     /// Lets every namespace of this subsystem be connected, by this thread; all of them have these contents.
-    pub(in crate::block) fn serve(subsystem: &str, contents: Vec<u8>, geometry: Geometry) {
+    pub(crate) fn serve(subsystem: &str, contents: Vec<u8>, geometry: Geometry) {
         serve_as(subsystem, contents, geometry, NamespaceState::Present);
     }
 
     /// As [`serve`], in another state.
-    pub(in crate::block) fn serve_as(
+    pub(crate) fn serve_as(
         subsystem: &str,
         contents: Vec<u8>,
         geometry: Geometry,
@@ -228,7 +228,7 @@ pub(in crate::block) mod testing {
     }
 
     /// Every connection that was made to this subsystem, by this thread.
-    pub(in crate::block) fn connected(subsystem: &str) -> Vec<Arc<Namespace>> {
+    pub(crate) fn connected(subsystem: &str) -> Vec<Arc<Namespace>> {
         SERVED.with_borrow(|all| {
             let served = all.iter().find(|one| one.subsystem == subsystem);
             served.map_or_else(Vec::new, |one| one.connected.clone())
@@ -236,7 +236,7 @@ pub(in crate::block) mod testing {
     }
 
     /// The contents of this subsystem's namespaces.
-    pub(in crate::block) fn storage(subsystem: &str) -> Arc<Storage> {
+    pub(crate) fn storage(subsystem: &str) -> Arc<Storage> {
         SERVED.with_borrow(|all| {
             let served = all.iter().find(|one| one.subsystem == subsystem);
             served.expect("it is served").storage.clone()

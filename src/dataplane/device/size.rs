@@ -4,6 +4,7 @@
 //! configuration space: all of them change here. A disk that shrinks refuses requests beyond its new end before
 //! anything else happens; one that grows serves them before the guest is told.
 
+use std::io;
 use std::sync::atomic::Ordering;
 
 use log::warn;
@@ -30,6 +31,14 @@ impl BlkDevice {
     /// be told.
     pub fn on_change(&self, event: EventFd) {
         *lock(&self.changed) = Some(event);
+    }
+
+    /// From now on `event` is signalled when something remote has changed that [`BlkDevice::refresh`] is to look at.
+    ///
+    /// # Errors
+    /// Too many files are open.
+    pub fn on_outside_change(&self, event: EventFd) -> io::Result<()> {
+        self.disk.on_outside_change(event)
     }
 
     /// Gives the disk another size, in bytes: whole sectors. What is new reads as zeros. Rings may run; the
@@ -65,11 +74,11 @@ impl BlkDevice {
         Ok(told)
     }
 
-    /// Looks whether somebody else has given the image another size, and takes it: of a raw file or block
-    /// device at any time, of a qcow2 image only while no ring runs, since it is locked otherwise.
+    /// Looks whether somebody else has given the image another size, and takes it: of a raw file, block
+    /// device or remote namespace at any time, of a qcow2 image only while no ring runs, since it is locked otherwise.
     ///
     /// # Errors
-    /// The image can not be looked at. Nothing has changed then.
+    /// The image can not be looked at, or is there no more. Nothing has changed then.
     pub fn refresh(&self) -> Result<Resized, DeviceError> {
         let control = lock(&self.control);
         let io = self.control_io()?;
