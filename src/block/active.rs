@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::reactor::{Io, Sg};
 
+use super::copy_on_read::{Copies, CopyStats, Stopped};
 use super::disk::SECTOR;
 use super::error::{Error, ErrorKind, Result};
 use super::layer::{Layer, requests_ended};
@@ -12,7 +13,7 @@ use super::lock::Role;
 use super::nvme_tcp::link::Namespace;
 use super::nvme_tcp::remote;
 use super::spec::{CacheMode, DiskSpec};
-use super::stack::read_chain;
+use super::stack::read_chain_copying;
 use super::storage::Storage;
 
 /// The locks of a chain of images; dropping it gives them back.
@@ -62,6 +63,8 @@ pub struct ActiveDisk {
     read_only: bool,
     write_through: bool,
     discard: bool,
+    /// What is read through holes is stored in the top image, too.
+    copies: Option<Arc<Copies>>,
     locks: Locks,
 }
 
@@ -73,7 +76,10 @@ impl ActiveDisk {
         size: u64,
         spec: &DiskSpec,
     ) -> Self {
+        // One that can not store anything makes no copies.
+        let unit = layers[0].copy_unit().filter(|_| spec.copy_on_read);
         Self {
+            copies: unit.map(|unit| Arc::new(Copies::new(unit))),
             layers,
             namespaces,
             size: AtomicU64::new(size),
@@ -120,7 +126,37 @@ impl ActiveDisk {
         });
     }
 
-    fn top(&self) -> (&Layer, &[Layer]) {
+    /// Has copies made of what is read through holes, if that was asked for and is possible.
+    pub(super) fn copy_by_tasks(self: &Arc<Self>) {
+        if let Some(copies) = &self.copies {
+            copies.belong_to(Arc::downgrade(self));
+        }
+    }
+
+    /// What copy-on-read has done since the disk was activated.
+    pub fn copy_stats(&self) -> CopyStats {
+        let stats = self.copies.as_ref().map(|copies| copies.stats());
+        stats.unwrap_or_default()
+    }
+
+    /// Copies under way.
+    #[cfg(test)]
+    pub(super) fn copies_under_way(&self) -> usize {
+        self.copies.as_ref().map_or(0, |copies| copies.under_way())
+    }
+
+    /// As if nothing was known of a copy that failed.
+    #[cfg(test)]
+    pub(super) fn end_copy_pause(&self) {
+        self.copies.iter().for_each(|copies| copies.end_pause());
+    }
+
+    /// The top image's name.
+    pub(super) fn name(&self) -> &std::path::Path {
+        self.layers[0].data().path()
+    }
+
+    pub(super) fn top(&self) -> (&Layer, &[Layer]) {
         (&self.layers[0], &self.layers[1..])
     }
 
@@ -153,7 +189,7 @@ impl ActiveDisk {
     pub async fn read(&self, io: &Io, offset: u64, to: Sg<'_>) -> Result<()> {
         let _pin = io.pin();
         self.check(offset, to.len() as u64)?;
-        read_chain(&self.layers, io, offset, to).await
+        read_chain_copying(&self.layers, io, offset, to, self.copies.as_ref()).await
     }
 
     /// Writes `from` at `offset`. Durable after the next flush, or at once where the disk writes through.
@@ -258,6 +294,7 @@ impl ActiveDisk {
             let what = format!("{size} bytes are no size of a disk; write a multiple of {SECTOR}");
             return Err(self.refuse(ErrorKind::OutOfRange, 0, &what));
         }
+        let _no_copies = self.stop_copies().await;
         let old = self.size();
         if size < old {
             self.size.store(size, Ordering::SeqCst);
@@ -324,7 +361,19 @@ impl ActiveDisk {
         closed
     }
 
+    async fn stop_copies(&self) -> Option<Stopped<'_>> {
+        match &self.copies {
+            Some(copies) => Some(copies.stop().await),
+            None => None,
+        }
+    }
+
     async fn close(&self, io: &Io) -> Result<()> {
+        let _no_copies = self.stop_copies().await;
+        let stats = self.copy_stats();
+        if stats != CopyStats::default() {
+            log::info!("{}: copy-on-read: {stats}", self.name().display());
+        }
         match self.read_only {
             true => Ok(()),
             false => self.layers[0].close(io, &self.layers[1..]).await,

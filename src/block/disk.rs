@@ -380,6 +380,7 @@ impl Disk {
         let disk = ActiveDisk::new(layers, namespaces, locks, size, &self.spec);
         let disk = Arc::new(disk);
         disk.fill_ahead_by_tasks();
+        disk.copy_by_tasks();
         Ok(disk)
     }
 }

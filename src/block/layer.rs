@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::reactor::{Io, Sg};
+use crate::reactor::{AlignedBuf, Io, Sg};
 use crate::shared_memory::SharedPart;
 
 use super::error::{Error, ErrorKind, Result};
@@ -275,6 +275,40 @@ impl Layer {
     pub(super) async fn fill_ahead(&self, io: &Io, below: &[Layer]) {
         if let Self::Qcow2(image) = self {
             image.fill_ahead(io, below).await;
+        }
+    }
+
+    /// The unit of [`Layer::store_copy`], bytes; none if the layer stores no copies of what is below.
+    pub(super) fn copy_unit(&self) -> Option<u64> {
+        match self {
+            Self::Qcow2(image) => image.copy_unit(),
+            _ => None,
+        }
+    }
+
+    /// True if a range would be stored by [`Layer::store_copy`], as far as can be told at once.
+    pub(super) fn wants_copy(&self, offset: u64, len: u64) -> bool {
+        match self {
+            Self::Qcow2(image) => !image.is_eager() && image.is_hole(offset, len),
+            _ => false,
+        }
+    }
+
+    /// True if the image puts nothing off: see [`Layer::set_eager`].
+    pub(super) fn is_eager(&self) -> bool {
+        matches!(self, Self::Qcow2(image) if image.is_eager())
+    }
+
+    /// Makes what the layers below show at `offset`, in `bytes`, the layer's own where it has holes. Bytes stored.
+    pub(super) async fn store_copy(
+        &self,
+        io: &Io,
+        offset: u64,
+        bytes: &mut AlignedBuf,
+    ) -> Result<u64> {
+        match self {
+            Self::Qcow2(image) => image.store_copy(io, offset, bytes).await,
+            _ => Ok(0),
         }
     }
 

@@ -7,6 +7,9 @@
 
 mod active;
 mod chain;
+mod copy_on_read;
+#[cfg(test)]
+mod copy_on_read_tests;
 pub mod crypt;
 mod data_file;
 #[cfg(test)]
@@ -29,6 +32,7 @@ pub mod storage;
 mod tests;
 
 pub(crate) use chain::{MAX_DEPTH, resolve_backing};
+pub use copy_on_read::CopyStats;
 pub use disk::{ActiveDisk, CacheMode, Disk, DiskLimits, DiskSpec, Format, Source};
 pub use error::{Error, ErrorKind, Result};
 pub use file::{FileOptions, FileStorage};

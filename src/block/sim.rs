@@ -201,6 +201,11 @@ impl SimStorage {
         self.state().current.clone()
     }
 
+    /// Behaves otherwise from now on. Chance goes on as it was.
+    pub fn behave(&self, config: Sim) {
+        self.state().config = config;
+    }
+
     /// Makes the `nth` (from 1) operation of this kind from now on fail. Once, unless it `stays` so.
     pub fn fail(&self, kind: Kind, nth: u64, errno: i32, stays: bool) {
         self.state().faults.push(Fault {

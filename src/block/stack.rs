@@ -1,7 +1,10 @@
 //! Reading through a chain of layers, top first.
 
+use std::sync::Arc;
+
 use crate::reactor::{Io, Sg};
 
+use super::copy_on_read::{Copies, Plan};
 use super::error::{Error, Result};
 use super::layer::{Layer, Mapping};
 use super::storage::Pending;
@@ -16,6 +19,21 @@ const WINDOW: usize = 8;
 /// The first one met in a storage or in metadata; `to` then holds anything.
 #[inline]
 pub async fn read_chain(layers: &[Layer], io: &Io, offset: u64, to: Sg<'_>) -> Result<()> {
+    read_chain_copying(layers, io, offset, to, None).await
+}
+
+/// As [`read_chain`]; what is read through holes of the first layer is copied there, if there are `copies`.
+///
+/// # Errors
+/// As [`read_chain`]. A copy that fails is not one.
+#[inline]
+pub(super) async fn read_chain_copying(
+    layers: &[Layer],
+    io: &Io,
+    offset: u64,
+    to: Sg<'_>,
+    copies: Option<&Arc<Copies>>,
+) -> Result<()> {
     let len = to.len() as u64;
     if let Some(top) = layers.first() {
         // The common case: one extent of the top layer.
@@ -32,12 +50,19 @@ pub async fn read_chain(layers: &[Layer], io: &Io, offset: u64, to: Sg<'_>) -> R
             }
         }
     }
-    read_pieces(layers, io, offset, to).await
+    read_pieces(layers, io, offset, to, copies).await
 }
 
-async fn read_pieces(layers: &[Layer], io: &Io, offset: u64, to: Sg<'_>) -> Result<()> {
+async fn read_pieces(
+    layers: &[Layer],
+    io: &Io,
+    offset: u64,
+    to: Sg<'_>,
+    copies: Option<&Arc<Copies>>,
+) -> Result<()> {
     let mut pieces = Pieces {
         layers,
+        copies,
         to,
         run: None,
         window: Window::default(),
@@ -61,6 +86,7 @@ struct Run {
 
 struct Pieces<'a> {
     layers: &'a [Layer],
+    copies: Option<&'a Arc<Copies>>,
     to: Sg<'a>,
     run: Option<Run>,
     window: Window<'a>,
@@ -84,7 +110,19 @@ impl<'a> Pieces<'a> {
                 };
                 let len = match found {
                     Mapping::Backing { len } => {
-                        (level, left) = (level + 1, len);
+                        match self.copies.filter(|_| level == 0) {
+                            None => (level, left) = (1 + level, len),
+                            Some(copies) => match copies.plan(io, at, len) {
+                                Plan::Pass(len) => (level, left) = (1, len),
+                                Plan::Copy(copy, len) => {
+                                    let part = self.to.slice(done, len as usize);
+                                    // Boxed: not to make every read's future larger.
+                                    Box::pin(copy.read(io, at, part)).await?;
+                                    done += len as usize;
+                                    left = 0;
+                                }
+                            },
+                        }
                         continue;
                     }
                     Mapping::Zero { len } => {

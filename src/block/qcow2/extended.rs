@@ -18,6 +18,8 @@
 //!   it, is written while the bitmap still says that it does not count; then the bitmap is published, ordered
 //!   behind the data as in `write`. The reservation keeps the host cluster where it is, and what the
 //!   subclusters show as it is.
+//! - A **copy** of what a subcluster shows of the layer below is a filling like any other. Of zeros only the
+//!   bitmap changes. It waits for nobody.
 //! - Compressed clusters and those that snapshots share are **made anew** as a whole.
 //!
 //! A subcluster may be used again as soon as it was discarded, unlike a host cluster, which waits in limbo.
@@ -29,6 +31,7 @@
 //! way or not yet flushed had put there.
 
 mod changes;
+mod copied;
 mod discard;
 mod entry;
 mod map;

@@ -344,7 +344,7 @@ fn needed(record: &Closing<'_>) -> Option<Range<u64>> {
     Some(first..end)
 }
 
-fn is_zero(bytes: &[u8]) -> bool {
+pub(super) fn is_zero(bytes: &[u8]) -> bool {
     bytes
         .chunks(64)
         .all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)

@@ -151,6 +151,24 @@ impl Qcow2 {
         Box::pin(self.wait_for_room(io, journal, want)).await
     }
 
+    /// As [`Qcow2::log_room`], for who can do without: none if there is no room now.
+    ///
+    /// # Errors
+    /// Those of marking the image as in use.
+    pub(super) async fn spare_log_room(&self, io: &Io, want: u64) -> Result<Option<Room<'_>>> {
+        let Some(journal) = self.journal.get() else {
+            return Ok(Some(Room::none()));
+        };
+        if !journal.is_marked() {
+            self.allocator()?.mark_in_use(io).await?;
+            journal.set_marked();
+        }
+        Ok(match journal.ask(want, None) {
+            Ask::Room(room) => Some(room),
+            Ask::WriteBack | Ask::Wait => None,
+        })
+    }
+
     async fn wait_for_room<'a>(
         &'a self,
         io: &Io,

@@ -9,6 +9,7 @@
 //! | `map`, `compressed`, `inflated` | reading: from the guest's offset to where its bytes are |
 //! | `claim`, `write`, `discard` | changing: one claimed run of clusters after another |
 //! | `cow`, `record`, `fill` | copy-on-write, put off until it must be done |
+//! | `copied` | copy-on-read: what a hole shows becomes the image's own |
 //! | `extended` | reading and changing images whose clusters have subclusters |
 //! | `data_file` | guest data in a file of its own |
 //! | `encrypted` | where the LUKS header is, and what is not encrypted |
@@ -32,6 +33,7 @@ pub mod check;
 mod claim;
 mod code;
 mod compressed;
+mod copied;
 mod cow;
 mod damage;
 mod data_file;

@@ -161,6 +161,11 @@ impl Records {
         self.eager.store(eager, Ordering::Relaxed);
     }
 
+    /// True if no records are made.
+    pub(super) fn is_eager(&self) -> bool {
+        self.eager.load(Ordering::Relaxed)
+    }
+
     /// A record with one writer, not published yet; none if there is no room for it.
     pub(super) fn make(&self, io: &Io, slice: Pinned, new: New) -> Option<Writing<'_>> {
         let mut book = lock(&self.book);

@@ -261,6 +261,22 @@ fn assert_same(got: &[u8], want: &[u8], what: &str) {
     }
 }
 
+/// Stores what is below at a place of chance, as copy-on-read does: whole units of it, and no more than a few.
+async fn copy_some(io: &Io, image: &Qcow2, below: &[u8], state: &mut u64) -> Result<u64> {
+    let Some(unit) = image.copy_unit() else {
+        return Ok(0);
+    };
+    let units = image.size().div_ceil(unit);
+    let first = random(state) % units;
+    let count = 1 + random(state) % (units - first).min(1 + (32 << 10) / unit);
+    let mut buf = io.buf((count * unit) as usize);
+    buf.fill(0);
+    let start = ((first * unit) as usize).min(below.len());
+    let end = (start + buf.len()).min(below.len());
+    buf[..end - start].copy_from_slice(&below[start..end]);
+    image.store_copy(io, first * unit, &mut buf).await
+}
+
 /// Bytes that do not compress, nor repeat.
 fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;

@@ -446,7 +446,7 @@ impl Qcow2 {
 
     /// Replaces the claimed entries by new clusters, ends the claim and frees what was there. Where the
     /// new clusters begin.
-    fn publish_fresh(
+    pub(super) fn publish_fresh(
         &self,
         io: &Io,
         room: &mut Room<'_>,

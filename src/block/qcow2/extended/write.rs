@@ -192,7 +192,7 @@ impl Qcow2 {
 
     /// Host clusters for clusters that have none. What shows zeros is allocated from then on if the new
     /// clusters are zeros; else they show what they showed.
-    async fn give_hosts(
+    pub(super) async fn give_hosts(
         &self,
         io: &Io,
         room: &mut Room<'_>,

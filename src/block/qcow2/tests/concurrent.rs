@@ -322,7 +322,13 @@ pub(super) fn threads(
                                 let mut buf = io.buf(range.len());
                                 let pin = io.pin();
                                 let offset = at + range.start as u64;
-                                match random(&mut state) % 8 {
+                                match random(&mut state) % 10 {
+                                    8.. => {
+                                        drop(pin);
+                                        copy_some(io, image, below, &mut state)
+                                            .await
+                                            .expect("copy");
+                                    }
                                     0..5 => {
                                         buf.copy_from_slice(&noise(
                                             random(&mut state),

@@ -120,7 +120,11 @@ impl World<'_> {
         let mut state = self.seed * 31 + task + 1;
         for _ in 0..self.steps {
             let (first, count) = self.range(task, &mut state);
-            match random(&mut state) % 10 {
+            match random(&mut state) % 12 {
+                10.. => {
+                    let copied = copy_some(&self.io, self.image(), self.below, &mut state);
+                    copied.await.expect("copy");
+                }
                 0..6 => self.write(first, count).await.expect("write"),
                 6 | 7 => {
                     let unmap = random(&mut state) % 2 == 0;

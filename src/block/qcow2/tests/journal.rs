@@ -141,7 +141,11 @@ impl World {
         for _ in 0..self.steps {
             let (first, count) = self.range(task, &mut state);
             let (offset, len) = (first * SECTOR as u64, count * SECTOR as u64);
-            match random(&mut state) % 20 {
+            match random(&mut state) % 24 {
+                20.. => {
+                    let copied = copy_some(&self.io, image, &self.below, &mut state);
+                    copied.await.expect("copy");
+                }
                 0..13 => self.write(first, count).await,
                 13..15 => {
                     let unmap = random(&mut state) % 2 == 0;
