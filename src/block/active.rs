@@ -12,6 +12,7 @@ use super::layer::{Layer, requests_ended};
 use super::lock::Role;
 use super::nvme_tcp::link::Namespace;
 use super::nvme_tcp::remote;
+use super::nvme_tcp::reservation::Reservation;
 use super::spec::{CacheMode, DiskSpec};
 use super::stack::read_chain_copying;
 use super::storage::Storage;
@@ -20,6 +21,8 @@ use super::storage::Storage;
 #[derive(Debug, Default)]
 pub(super) struct Locks {
     of: Vec<Arc<Storage>>,
+    /// What a lock is for a namespace.
+    reservation: Option<Reservation>,
     /// They were given back, or left to another process.
     over: AtomicBool,
 }
@@ -29,6 +32,21 @@ impl Locks {
         storage.lock(role)?;
         self.of.push(storage.clone());
         Ok(())
+    }
+
+    /// Takes the reservation of the namespace that is written to, if there is one and it is wanted. It is not given
+    /// up by a drop.
+    pub(super) async fn reserve(&mut self, io: &Io, top: &Arc<Storage>) -> Result<()> {
+        self.reservation = Reservation::take(io, top).await?;
+        Ok(())
+    }
+
+    /// Gives the reservation up.
+    pub(super) async fn unreserve(&self, io: &Io) -> Result<()> {
+        match &self.reservation {
+            Some(reservation) => reservation.release(io).await,
+            None => Ok(()),
+        }
     }
 
     fn release(&self) {
@@ -346,8 +364,9 @@ impl ActiveDisk {
     /// The first one met; the locks are released all the same.
     pub async fn deactivate(self: Arc<Self>, io: &Io) -> Result<()> {
         let closed = self.close(io).await;
+        let unreserved = self.locks.unreserve(io).await;
         self.locks.release();
-        closed
+        closed.and(unreserved)
     }
 
     /// As [`ActiveDisk::deactivate`], but the images stay locked: for a process that has

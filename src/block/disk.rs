@@ -328,10 +328,41 @@ impl Disk {
         io: &Io,
         links: &[Link],
         now: Vec<Now>,
-        locks: Locks,
+        mut locks: Locks,
         workers: usize,
         journal: Option<SharedPart>,
     ) -> Result<Arc<ActiveDisk>> {
+        locks.reserve(io, &links[0].storage).await?;
+        let layers = match self.layers(io, links, now, workers, journal).await {
+            Ok(layers) => layers,
+            Err(error) => {
+                // Nobody is kept out by a disk that is not in use.
+                let _same_path = locks.unreserve(io).await;
+                return Err(error);
+            }
+        };
+        let size = layers[0].size() / SECTOR * SECTOR;
+        self.set_size(size);
+        let namespaces = links
+            .iter()
+            .filter_map(|link| link.remote.clone())
+            .collect();
+        let disk = ActiveDisk::new(layers, namespaces, locks, size, &self.spec);
+        let disk = Arc::new(disk);
+        disk.fill_ahead_by_tasks();
+        disk.copy_by_tasks();
+        Ok(disk)
+    }
+
+    /// The layers that requests go to, with what is in the journal made good.
+    async fn layers(
+        &self,
+        io: &Io,
+        links: &[Link],
+        now: Vec<Now>,
+        workers: usize,
+        journal: Option<SharedPart>,
+    ) -> Result<Vec<Layer>> {
         let mut layers = Vec::with_capacity(links.len());
         for (level, (link, now)) in links.iter().zip(now).enumerate() {
             let storage = link.storage.clone();
@@ -371,17 +402,8 @@ impl Disk {
         if let Some(journal) = journal {
             layers[0].use_journal(io, &layers[1..], journal).await?;
         }
-        let size = whole_sectors(&layers[0])?;
-        self.set_size(size);
-        let namespaces = links
-            .iter()
-            .filter_map(|link| link.remote.clone())
-            .collect();
-        let disk = ActiveDisk::new(layers, namespaces, locks, size, &self.spec);
-        let disk = Arc::new(disk);
-        disk.fill_ahead_by_tasks();
-        disk.copy_by_tasks();
-        Ok(disk)
+        whole_sectors(&layers[0])?;
+        Ok(layers)
     }
 }
 

@@ -20,6 +20,7 @@ mod local;
 pub mod machine;
 mod queue;
 pub(crate) mod remote;
+pub(in crate::block) mod reservation;
 pub mod secret;
 #[cfg(test)]
 mod secret_tests;

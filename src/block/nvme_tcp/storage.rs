@@ -10,6 +10,7 @@ use std::sync::Arc;
 use super::link::{Namespace, NamespaceState};
 use super::local::Shared;
 use super::queue::{Kind, Running};
+use super::reservation::Action;
 use super::wire::command::DsmRange;
 use crate::block::error::{Error, ErrorKind, Result};
 use crate::block::file::edges::{EdgeGuard, Edges};
@@ -261,6 +262,14 @@ impl NvmeStorage {
     async fn command(&self, io: &Io, kind: Kind, offset: u64, len: u64) -> Result<()> {
         // SAFETY: there is no memory.
         let running = unsafe { self.run(io, kind, offset, len, Sg::empty()) };
+        running.finish().await
+    }
+
+    /// Runs a command of reservations, which concern the namespace as a whole; `data` is what it wants or gives.
+    pub(super) async fn reservation(&self, io: &Io, action: Action, data: Sg<'_>) -> Result<()> {
+        let (kind, len) = (Kind::Reservation(action), data.len() as u64);
+        // SAFETY: the memory lives until the request's end, or its cancelling with this future.
+        let running = unsafe { self.run(io, kind, 0, len, data) };
         running.finish().await
     }
 

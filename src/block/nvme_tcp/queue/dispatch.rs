@@ -159,6 +159,8 @@ impl Local {
             let data = match kind {
                 Kind::Read => Data::Read(first),
                 Kind::Write | Kind::Discard { .. } => Data::Write(first),
+                Kind::Reservation(action) if action.reads() => Data::Read(first),
+                Kind::Reservation(_) => Data::Write(first),
                 Kind::Wait | Kind::Flush | Kind::WriteZeroes { .. } => Data::None,
             };
             // SAFETY: the memory outlives the command: a request's end waits for its commands', and a queue's end
@@ -245,6 +247,7 @@ impl Local {
                 let sqe = Sqe::write_zeroes(nsid, slba, blocks, deallocate, false);
                 Some((len, sqe))
             }
+            Kind::Reservation(action) => Some((extent.len, action.entry(nsid, extent.len))),
         }
     }
 

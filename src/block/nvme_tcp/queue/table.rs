@@ -10,6 +10,7 @@ use std::rc::Rc;
 use super::connection::Queue;
 use crate::block::error::Error;
 use crate::block::nvme_tcp::machine::Tag;
+use crate::block::nvme_tcp::reservation::Action;
 use crate::reactor::{Sg, SoftwareOp};
 
 /// What is to be done.
@@ -31,6 +32,8 @@ pub(in super::super) enum Kind {
         /// Its space may be given back.
         deallocate: bool,
     },
+    /// Something about reservations; the data is the command's.
+    Reservation(Action),
 }
 
 impl Kind {
@@ -43,6 +46,7 @@ impl Kind {
             Self::Flush => "flush",
             Self::Discard { .. } => "discard",
             Self::WriteZeroes { .. } => "write zeroes",
+            Self::Reservation(action) => action.name(),
         }
     }
 }

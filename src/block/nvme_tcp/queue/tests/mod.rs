@@ -4,6 +4,7 @@ mod ends;
 mod faults;
 mod paths;
 mod peer;
+mod reservations;
 mod rig;
 mod transfers;
 

@@ -28,7 +28,10 @@ impl Command {
     pub fn blocks(&self) -> usize {
         usize::from(u16::from_le_bytes([self.sqe[48], self.sqe[49]])) + 1
     }
-    fn data_len(&self) -> usize {
+    pub fn cdw(&self, n: usize) -> u32 {
+        u32::from_le_bytes(self.sqe[n * 4..n * 4 + 4].try_into().unwrap())
+    }
+    pub fn data_len(&self) -> usize {
         u32::from_le_bytes(self.sqe[32..36].try_into().unwrap()) as usize
     }
 }
@@ -52,6 +55,8 @@ pub enum Do {
     WrongDigest,
     /// Sends these bytes instead of an answer.
     Say(Vec<u8>),
+    /// Answers with these data, of whatever command.
+    Give(Vec<u8>),
 }
 
 type Script = Box<dyn FnMut(&Command) -> Do + Send>;
@@ -85,6 +90,8 @@ struct State {
     open: Vec<TcpStream>,
     /// H2CTermReqs that came.
     terminated: usize,
+    /// Data that came with commands of reservations.
+    keys: Vec<Vec<u8>>,
 }
 
 /// A controller with a namespace in memory. Its connections share both.
@@ -112,6 +119,7 @@ impl Peer {
             held: Vec::new(),
             open: Vec::new(),
             terminated: 0,
+            keys: Vec::new(),
         };
         Self {
             options,
@@ -134,6 +142,10 @@ impl Peer {
 
     pub fn forget(&self) {
         self.lock().seen.clear();
+    }
+
+    pub fn keys(&self) -> Vec<Vec<u8>> {
+        self.lock().keys.clone()
     }
 
     pub fn terminated(&self) -> usize {
@@ -262,6 +274,9 @@ impl Peer {
     }
 
     fn obey(&self, stream: &TcpStream, command: Command, data: Vec<u8>) -> io::Result<()> {
+        if matches!(command.opcode(), 0x0d | 0x11 | 0x15) {
+            self.lock().keys.push(data.clone());
+        }
         let what = (self.lock().script)(&command);
         let cut = || Err(io::Error::from(io::ErrorKind::ConnectionAborted));
         match what {
@@ -287,6 +302,10 @@ impl Peer {
                 let mut pdu = self.data_pdu(&command, 0, &self.data_of(&command), true);
                 *pdu.last_mut().unwrap() ^= 1;
                 { stream }.write_all(&pdu)?;
+                self.respond(stream, &command, 0)
+            }
+            Do::Give(data) => {
+                { stream }.write_all(&self.data_pdu(&command, 0, &data, true))?;
                 self.respond(stream, &command, 0)
             }
             Do::Say(bytes) => { stream }.write_all(&bytes),

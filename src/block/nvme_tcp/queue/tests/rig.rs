@@ -33,6 +33,8 @@ pub struct Setup {
     /// Whether the paths connect before anybody asks.
     pub up: bool,
     pub discard_granularity: u32,
+    /// A reservation is wanted, of a host with this identifier.
+    pub reserved_for: Option<[u8; 16]>,
 }
 
 impl Default for Setup {
@@ -67,6 +69,7 @@ impl Default for Setup {
             policy: IoPolicy::QueueDepth,
             up: true,
             discard_granularity: 512,
+            reserved_for: None,
         }
     }
 }
@@ -227,6 +230,8 @@ impl Rig {
                 io_timeout: setup.io_timeout,
                 ctrl_loss: setup.ctrl_loss,
                 policy: setup.policy,
+                reservations: setup.reserved_for.is_some(),
+                host_id: setup.reserved_for,
                 ..NvmeOptions::default()
             }),
         };
