@@ -3,8 +3,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::controller;
 use super::link::{Namespace, NamespaceState};
 use super::spec::NvmeSpec;
+use super::storage::NvmeStorage;
 use super::uri::{Allowed, SCHEME, Uri};
 use crate::block::Storage;
 use crate::block::error::{Error, ErrorKind, Result};
@@ -25,13 +27,12 @@ fn open_storage(spec: NvmeSpec) -> Result<Remote> {
     if let Some(remote) = testing::connect(&spec) {
         return Ok(remote);
     }
-    let what = "this program is built without the NVMe/TCP initiator";
-    Err(Error::image(
-        ErrorKind::Unsupported,
-        spec.uri().to_string(),
-        None,
-        what,
-    ))
+    let namespace = controller::open(spec)?;
+    let storage = NvmeStorage::new(namespace.clone());
+    Ok(Remote {
+        storage: Arc::new(Storage::Nvme(Box::new(storage))),
+        namespace,
+    })
 }
 
 /// Opens the namespace that is the top of a disk; it is `known` if it is connected already.
