@@ -84,6 +84,12 @@ impl Connection {
         if !valid_nqn(&hostnqn) {
             return Err(in_data(DATA_HOSTNQN));
         }
+        // What the PSK identity says is what Connect says (transport specification, section 3.6.1.4).
+        if let Some(peer) = self.peer() {
+            if peer.host_nqn != hostnqn || peer.subsystem_nqn != subnqn {
+                return Err((Status::CONNECT_INVALID_HOST.dnr(), 0));
+            }
+        }
         let subsystem = self
             .shared
             .find_subsystem(&subnqn)

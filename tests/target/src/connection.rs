@@ -18,6 +18,7 @@ use crate::output::Output;
 use crate::stream::Stream;
 use crate::sync::Locked;
 use crate::target::{Port, Shared};
+use crate::tls::{Peer, Server, TlsFault};
 use crate::wire::{FatalErrorStatus, Sqe, pdu, u16_at, u32_at};
 
 /// Bytes that wait for a host that does not read before its commands wait as well.
@@ -86,13 +87,23 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    pub fn new(shared: Arc<Shared>, port: Arc<Port>, link: Arc<Link>, socket: TcpStream) -> Self {
+    /// A connection over a socket that does not block.
+    pub fn new(
+        shared: Arc<Shared>,
+        port: Arc<Port>,
+        link: Arc<Link>,
+        socket: TcpStream,
+    ) -> io::Result<Self> {
         let transport = port.transport();
-        Self {
+        let stream = match &transport.tls {
+            None => Stream::Plain(socket),
+            Some(options) => Stream::Tls(Server::new(options)?.stream(socket)?),
+        };
+        Ok(Self {
             shared,
             port,
             link,
-            stream: Stream::Plain(socket),
+            stream,
             // The largest PDU fits as a whole.
             input: vec![0; (512 << 10).max(transport.max_h2c_data as usize + (64 << 10))],
             filled: 0..0,
@@ -107,17 +118,52 @@ impl Connection {
             transfers: HashMap::new(),
             late: Late::default(),
             auth: Auth::default(),
-        }
+        })
     }
 
     /// Serves the connection until it ends.
     pub fn run(&mut self) {
-        let result = self.serve();
+        let result = self.handshake().and_then(|()| self.serve());
         if let Err(e) = result {
             self.shared
                 .note(format_args!("connection {}: {e}", self.link.id));
         }
         self.leave();
+    }
+
+    /// Waits for TLS to be up, where there is any.
+    fn handshake(&mut self) -> io::Result<()> {
+        let hangs = self
+            .transport
+            .tls
+            .as_ref()
+            .is_some_and(|tls| tls.fault == Some(TlsFault::Hang));
+        while !self.shared.stopping() {
+            let interest = if hangs {
+                0
+            } else {
+                self.stream.handshake()?.unwrap_or(0)
+            };
+            if !hangs && interest == 0 {
+                return Ok(());
+            }
+            // Nothing that could come by mail concerns a connection without a queue.
+            drop(self.link.collect());
+            let mut fds = [
+                (self.stream.fd(), interest),
+                (self.link.bell_fd(), libc::POLLIN),
+            ]
+            .map(|(fd, events)| libc::pollfd {
+                fd,
+                events,
+                revents: 0,
+            });
+            self.poll(&mut fds)?;
+            if hangs && fds[0].revents & (libc::POLLHUP | libc::POLLERR) != 0 {
+                return Err(io::ErrorKind::ConnectionAborted.into());
+            }
+        }
+        Ok(())
     }
 
     fn leave(&mut self) {
@@ -226,7 +272,9 @@ impl Connection {
                 revents: 0,
             },
         ];
-        if !self.poll(&mut fds)? {
+        if self.stream.has_pending() && interest & libc::POLLIN != 0 {
+            fds[0].revents = libc::POLLIN;
+        } else if !self.poll(&mut fds)? {
             return Ok(true);
         }
         if fds[0].revents & (libc::POLLIN | libc::POLLERR | libc::POLLHUP) == 0 {
@@ -358,6 +406,11 @@ impl Connection {
         }
         // The host has time to read what was said before the stream is reset.
         self.phase = Phase::Closing(Instant::now() + Duration::from_millis(500));
+    }
+
+    /// Who TLS has shown to be at the other end; none without TLS.
+    pub fn peer(&self) -> Option<Peer> {
+        self.stream.peer()
     }
 
     fn in_capsule(&self) -> usize {

@@ -46,8 +46,10 @@ fn entry(port: &Port, subsystem: &Subsystem) -> [u8; ENTRY] {
     e[0] = 3;
     e[1] = 1;
     e[2] = if subsystem.is_discovery() { 3 } else { 2 };
-    // TREQ: a secure channel is not required (10b).
-    e[3] = 2;
+    // TREQ: a secure channel is required (01b) or not (10b); SECTYPE of TSAS: 2 for TLS 1.3, 0 for none.
+    let secured = port.transport().tls.is_some();
+    e[3] = if secured { 1 } else { 2 };
+    e[768] = if secured { 2 } else { 0 };
     put(&mut e, 4, &port.id().to_le_bytes());
     // CNTLID FFFFh: dynamic controllers; ASQSZ: the largest admin queue.
     put(&mut e, 6, &0xffffu16.to_le_bytes());
@@ -55,6 +57,5 @@ fn entry(port: &Port, subsystem: &Subsystem) -> [u8; ENTRY] {
     put_text(&mut e, 32, 32, &port.address().port().to_string());
     put_nqn(&mut e, 256, 256, subsystem.nqn());
     put_text(&mut e, 512, 256, &port.address().ip().to_string());
-    // TSAS: SECTYPE 0, no security.
     e
 }

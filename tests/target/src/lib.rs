@@ -49,6 +49,7 @@ mod stream;
 mod subsystem;
 mod sync;
 mod target;
+mod tls;
 mod wire;
 
 pub use auth::{AuthFault, AuthOptions, Group, Hash};
@@ -64,4 +65,5 @@ pub use port::{Listening, Port};
 pub use status::Status;
 pub use subsystem::{AnaState, Namespace, Notice, Subsystem};
 pub use target::{Builder, DEFAULT_NQN, Target};
+pub use tls::{TlsFault, TlsOptions};
 pub use wire::FatalErrorStatus;

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::auth::AuthOptions;
+use crate::tls::TlsOptions;
 
 /// How a port speaks the transport. Changes hold for connections made afterwards.
 #[derive(Clone, Debug)]
@@ -27,6 +28,8 @@ pub struct TransportOptions {
     pub c2h_size: u32,
     /// Successful reads end with the SUCCESS flag of the last C2HData, where no field of the completion is lost.
     pub c2h_success: bool,
+    /// Connections are secured by TLS from their first byte.
+    pub tls: Option<TlsOptions>,
     /// The size of the socket's send and receive buffers in bytes; none: as the kernel has it.
     pub socket_buffer: Option<u32>,
 }
@@ -44,6 +47,7 @@ impl Default for TransportOptions {
             max_r2t: 1,
             c2h_size: 128 << 10,
             c2h_success: true,
+            tls: None,
             socket_buffer: None,
         }
     }

@@ -166,7 +166,7 @@ impl Port {
             socket.try_clone()?,
         )?);
         shared.counters.connection();
-        let connection = Connection::new(shared.clone(), self.clone(), link.clone(), socket);
+        let connection = Connection::new(shared.clone(), self.clone(), link.clone(), socket)?;
         shared.start(link, connection)
     }
 }

@@ -31,7 +31,7 @@ impl Hash {
     }
 
     /// HMAC of the parts, one after the other.
-    pub(super) fn hmac(self, key: &[u8], parts: &[&[u8]]) -> Vec<u8> {
+    pub(crate) fn hmac(self, key: &[u8], parts: &[&[u8]]) -> Vec<u8> {
         fn run<M: Mac + KeyInit>(key: &[u8], parts: &[&[u8]]) -> Vec<u8> {
             // HMAC takes keys of any length.
             let Ok(mut mac) = <M as KeyInit>::new_from_slice(key) else {

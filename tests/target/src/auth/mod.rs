@@ -3,7 +3,7 @@
 mod dh;
 mod hash;
 mod protocol;
-mod secret;
+pub(crate) mod secret;
 
 pub(crate) use protocol::Auth;
 

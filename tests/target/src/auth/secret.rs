@@ -9,23 +9,15 @@ pub(super) struct Secret {
 }
 
 impl Secret {
-    /// Reads the text form. The key is followed by its CRC-32, little-endian.
+    /// Reads the text form.
     pub fn parse(text: &str) -> Option<Self> {
-        let rest = text.trim().strip_prefix("DHHC-1:")?;
-        let (id, rest) = rest.split_once(':')?;
-        let transform = match id {
-            "00" => None,
-            _ => Some(Hash::from_id(id.parse().ok()?)?),
+        let (key, hash) = interchange(text, "DHHC-1:")?;
+        let transform = if hash == 0 {
+            None
+        } else {
+            Some(Hash::from_id(hash)?)
         };
-        let bytes = decode_base64(rest.strip_suffix(':')?)?;
-        if ![36, 52, 68].contains(&bytes.len()) {
-            return None;
-        }
-        let (key, crc) = bytes.split_at(bytes.len() - 4);
-        (crc32(key).to_le_bytes() == crc).then(|| Self {
-            key: key.to_vec(),
-            transform,
-        })
+        Some(Self { key, transform })
     }
 
     /// The key of an entity: the secret, or its HMAC of the NQN and a fixed text.
@@ -35,6 +27,17 @@ impl Secret {
             Some(hash) => hash.hmac(&self.key, &[nqn.as_bytes(), b"NVMe-over-Fabrics"]),
         }
     }
+}
+
+/// A key in the text form `PREFIXhh:base64:`, and hh. The key is followed by its CRC-32, little-endian.
+pub(crate) fn interchange(text: &str, prefix: &str) -> Option<(Vec<u8>, u8)> {
+    let (hash, rest) = text.trim().strip_prefix(prefix)?.split_once(':')?;
+    let bytes = decode_base64(rest.strip_suffix(':')?)?;
+    if ![36, 52, 68].contains(&bytes.len()) {
+        return None;
+    }
+    let (key, crc) = bytes.split_at(bytes.len() - 4);
+    (crc32(key).to_le_bytes() == crc).then_some((key.to_vec(), hash.parse().ok()?))
 }
 
 /// CRC-32 as in gzip (RFC 1952), bit by bit.
