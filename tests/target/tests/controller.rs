@@ -520,3 +520,43 @@ fn what_a_host_must_not_do_is_kept_in_mind() {
     assert_eq!(term.0[24], 6, "the header in error");
     assert!(io.rest().is_empty());
 }
+
+#[test]
+fn data_that_was_not_asked_for_ends_the_connection() {
+    let target = target();
+    target.port(0).configure(|t| {
+        t.r2t_size = 16384;
+        t.max_r2t = 2;
+    });
+    let (_admin, cntlid) = Host::admin(target.address(), Ask::default(), 0);
+    let ask = Ask {
+        max_r2t: 1,
+        ..Ask::default()
+    };
+    for (qid, (offset, len, fes)) in [(8192, 16384, 4), (0, 20480, 4), (u32::MAX, 512, 4)]
+        .into_iter()
+        .enumerate()
+    {
+        let mut io = Host::io(target.address(), ask, cntlid, qid as u16 + 1);
+        io.send(&rw(1, 5, 1, 0, 128, 65536), &[]);
+        let (first, second) = (io.recv_checked(), io.recv_checked());
+        assert_eq!(
+            (first.u32(12), second.u32(12)),
+            (0, 16384),
+            "two R2Ts are outstanding"
+        );
+        assert_ne!(first.u16(10), second.u16(10), "each has a tag of its own");
+        io.h2c_data(5, first.u16(10), offset, &vec![1; len]);
+        let term = io.recv().unwrap();
+        assert_eq!(
+            (term.kind(), term.u16(8)),
+            (3, fes),
+            "{len} bytes at {offset}"
+        );
+        assert!(io.rest().is_empty());
+    }
+    assert_eq!(
+        target.subsystem(0).namespace(1).unwrap().read(0, 65536),
+        vec![0; 65536]
+    );
+}

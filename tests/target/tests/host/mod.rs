@@ -410,7 +410,7 @@ impl Host {
             let mut rest = Vec::new();
             rest.extend_from_slice(&cid.to_le_bytes());
             rest.extend_from_slice(&ttag.to_le_bytes());
-            rest.extend_from_slice(&(offset + at as u32).to_le_bytes());
+            rest.extend_from_slice(&offset.wrapping_add(at as u32).to_le_bytes());
             rest.extend_from_slice(&(part.len() as u32).to_le_bytes());
             rest.extend_from_slice(&[0; 4]);
             let bytes = self.pdu(6, u8::from(last) << 2, &rest, part);
