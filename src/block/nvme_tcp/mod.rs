@@ -14,6 +14,7 @@
 
 pub mod auth;
 pub mod controller;
+pub mod discovery;
 pub mod host;
 pub mod link;
 mod local;

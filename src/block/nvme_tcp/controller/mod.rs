@@ -17,30 +17,28 @@
 mod ana;
 mod association;
 mod backoff;
-mod channel;
+pub(super) mod channel;
 mod common;
-mod dial;
+pub(super) mod dial;
 mod facts;
 mod mailbox;
 mod members;
 mod path;
 mod secure;
-mod setup;
-mod transport;
-mod trouble;
-mod wait;
+pub(super) mod setup;
+pub(super) mod transport;
+pub(super) mod trouble;
+pub(super) mod wait;
 
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::host::{Host, check_nqn};
 use super::link::{Namespace, PathCommand, SharedPath};
 use super::spec::NvmeSpec;
 use crate::block::error::{Error, ErrorKind, Result};
 use common::Common;
 use path::Path;
-use secure::Security;
 use setup::Target;
 
 /// How much longer than the paths' own timeouts is waited, so that each can say why it failed.
@@ -62,13 +60,7 @@ pub fn open(spec: NvmeSpec) -> Result<Arc<Namespace>> {
             "no address of the subsystem is given",
         ));
     }
-    check_nqn(&spec.subsystem).map_err(|why| wrong(&spec.subsystem, &why))?;
-    let target = Target {
-        subsystem: spec.subsystem.clone(),
-        host: Host::find(&spec.options)?,
-        security: Security::load(&spec.options)?,
-        options: spec.options.clone(),
-    };
+    let target = Target::new(spec.subsystem.clone(), spec.options.clone())?;
     let system = |what| {
         let name = spec.subsystem.clone();
         move |error| Error::io(name, what, None, error)

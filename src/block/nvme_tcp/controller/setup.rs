@@ -115,6 +115,19 @@ pub(crate) struct Ground {
 }
 
 impl Target {
+    /// A subsystem, as this host reaches it: its names and secrets are read.
+    ///
+    /// # Errors
+    /// Names that are none, secrets that cannot be had.
+    pub(crate) fn new(subsystem: String, options: Arc<NvmeOptions>) -> crate::block::Result<Self> {
+        Ok(Self {
+            subsystem,
+            host: Host::find(&options)?,
+            security: Security::load(&options)?,
+            options,
+        })
+    }
+
     /// Connects a queue's transport.
     fn transport(
         &self,
@@ -122,7 +135,7 @@ impl Target {
         deadline: Instant,
         waiter: &mut dyn Waiter,
     ) -> Result<Channel> {
-        let wire = self.security.wrap(stream, deadline, waiter)?;
+        let wire = self.security.wrap(stream);
         let wishes = Wishes {
             header_digest: self.options.header_digest,
             data_digest: self.options.data_digest,
@@ -164,7 +177,7 @@ impl Target {
             self.security
                 .authenticate(self, channel, secure_channel, deadline, waiter)?;
         } else {
-            self.security.none_required(qid)?;
+            self.security.none_required()?;
         }
         Ok(Ok(result.cntlid))
     }

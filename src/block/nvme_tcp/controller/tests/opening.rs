@@ -371,3 +371,14 @@ fn a_port_that_speaks_something_else_is_told() {
     assert!(text.contains("answers with TLS"), "{text}");
     thread.join().unwrap();
 }
+
+#[test]
+fn a_tls_key_is_never_answered_with_a_plain_connection() {
+    use crate::block::crypt::KeySource;
+    let target = one_port();
+    let error = refused(spec_of(&[target.address()], |options| {
+        options.tls_key = Some(KeySource::File("/nowhere".into()));
+    }));
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert_eq!(target.port(0).accepted(), 0);
+}
