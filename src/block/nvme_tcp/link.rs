@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::machine::QueueParams;
 use super::spec::NvmeSpec;
+use super::tls::TlsSession;
 use crate::block::Limits;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -105,6 +106,8 @@ pub struct ControllerLimits {
 pub enum Wire {
     /// The connection's bytes are the PDUs.
     Plain(TcpStream),
+    /// They go through a TLS session, whose handshake is done. Ciphertext that came behind the PDUs so far is in it.
+    Tls(TcpStream, Box<TlsSession>),
 }
 
 /// A connected I/O queue: handshake, Connect and authentication are done, nothing else was sent.
@@ -310,6 +313,25 @@ impl SharedPath {
     }
 }
 
+impl MemberEvent {
+    /// True if an event that was not taken yet says nothing any more beside this one.
+    fn supersedes(&self, before: &Self) -> bool {
+        match (self, before) {
+            (Self::Connected(now), Self::Connected(before)) => now.path == before.path,
+            (Self::Lost { path, generation }, Self::Connected(before)) => {
+                *path == before.path && before.generation <= *generation
+            }
+            (Self::Connected(now), Self::Refused { path, .. } | Self::Lost { path, .. }) => {
+                now.path == *path
+            }
+            (Self::Lost { path: now, .. }, Self::Lost { path, .. }) => now == path,
+            (Self::Refused { path: now, .. }, Self::Refused { path, .. }) => now == path,
+            (Self::Changed, Self::Changed) => true,
+            _ => false,
+        }
+    }
+}
+
 impl Member {
     /// Tells members apart, within a namespace.
     pub fn number(&self) -> u64 {
@@ -318,7 +340,11 @@ impl Member {
 
     /// Leaves an event, and wakes the task that waits for it.
     pub fn send(&self, event: MemberEvent) {
-        lock(&self.events).push_back(event);
+        let mut events = lock(&self.events);
+        // A thread that takes no turn for long does not keep the connections of associations that are over.
+        events.retain(|before| !event.supersedes(before));
+        events.push_back(event);
+        drop(events);
         self.waiting.store(true, Ordering::Release);
         if let Some(waker) = &*lock(&self.waker) {
             waker.wake_by_ref();

@@ -8,11 +8,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::task::Poll;
 
-use libc::iovec;
-
+use super::transport::{Failure, Transport};
 use crate::block::nvme_tcp::link::{ControllerLimits, IoConnection, Wire};
 use crate::block::nvme_tcp::local::Local;
-use crate::block::nvme_tcp::machine::{Ended, Machine};
+use crate::block::nvme_tcp::machine::Machine;
 use crate::block::nvme_tcp::wire::ProtocolError;
 use crate::reactor::{Io, IoFile, Message, TaskId};
 
@@ -25,6 +24,7 @@ pub(in super::super) struct Queue {
     pub(super) depth: u32,
     pub(super) limits: ControllerLimits,
     pub(super) machine: RefCell<Machine>,
+    transport: Transport,
     /// Commands that the machine has.
     pub(in super::super) in_flight: Cell<u32>,
     socket: IoFile,
@@ -65,7 +65,10 @@ impl Queue {
         local: &Rc<Local>,
         connection: IoConnection,
     ) -> io::Result<Rc<Self>> {
-        let Wire::Plain(stream) = connection.wire;
+        let (stream, transport) = match connection.wire {
+            Wire::Plain(stream) => (stream, Transport::Plain),
+            Wire::Tls(stream, session) => (stream, Transport::tls(session)),
+        };
         // The kernel waits for a blocking socket by itself, and answers EAGAIN for another.
         stream.set_nonblocking(false)?;
         stream.set_nodelay(true)?;
@@ -77,6 +80,7 @@ impl Queue {
             depth: connection.params.depth.into(),
             limits: connection.limits,
             machine: RefCell::new(Machine::new(connection.params)),
+            transport,
             in_flight: Cell::new(0),
             socket: IoFile::new(File::from(OwnedFd::from(stream))),
             sender_idle: Cell::new(false),
@@ -146,11 +150,10 @@ impl Queue {
     /// PDUs.
     #[cold]
     fn terminate(&self, error: &ProtocolError) {
-        let machine = self.machine.borrow();
-        if !self.sender_idle.get() || !machine.between_pdus() {
+        if !self.sender_idle.get() || !self.machine.borrow().between_pdus() {
             return;
         }
-        let bytes = error.term_req();
+        let bytes = self.transport.last_word(&error.term_req());
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         // SAFETY: the bytes are readable through the call. That it may fail is as good as that it may be lost.
         unsafe {
@@ -161,32 +164,6 @@ impl Queue {
                 flags,
             )
         };
-    }
-
-    // What is between the machine and the socket: nothing, where the PDUs are the connection's bytes.
-
-    #[inline]
-    fn output(&self, pieces: &mut Vec<iovec>) -> usize {
-        self.machine.borrow_mut().send_list(pieces)
-    }
-
-    #[inline]
-    fn sent(&self, bytes: usize, ended: &mut Vec<Ended>) {
-        self.machine
-            .borrow_mut()
-            .sent(bytes, &mut |one| ended.push(one));
-    }
-
-    #[inline]
-    fn input(&self, pieces: &mut Vec<iovec>) -> usize {
-        self.machine.borrow_mut().recv_list(pieces)
-    }
-
-    #[inline]
-    fn received(&self, bytes: usize, ended: &mut Vec<Ended>) -> Result<(), ProtocolError> {
-        self.machine
-            .borrow_mut()
-            .received(bytes, &mut |one| ended.push(one))
     }
 }
 
@@ -245,31 +222,35 @@ async fn send(side: Side) {
     let mut message = Message::new();
     let mut ended = Vec::with_capacity(queue.depth as usize);
     loop {
-        let bytes = poll_fn(|_| {
+        let output = poll_fn(|_| {
             if queue.is_ending() {
-                return Poll::Ready(0);
+                return Poll::Ready(Ok(0));
             }
-            match queue.output(&mut message.pieces) {
-                0 => {
+            let pieces = &mut message.pieces;
+            match queue.transport.output(&queue.machine, pieces, &mut ended) {
+                Ok(0) => {
                     queue.sender_idle.set(true);
                     Poll::Pending
                 }
-                bytes => Poll::Ready(bytes),
+                output => Poll::Ready(output),
             }
         })
         .await;
-        if bytes == 0 {
-            break;
+        match output {
+            Ok(0) => break,
+            Ok(_) => {}
+            Err(error) => break side.0.fail(error.to_string()),
         }
         // SAFETY: the machine's own memory stays where it is until `sent`, and the memory of a command until the
         // command has ended or was abandoned, which comes after this task's end.
         let sent = unsafe { local.io().send(&queue.socket, &mut message) }.await;
-        match sent {
+        let count = match sent {
             Ok(0) => break side.0.fail("the connection takes nothing any more".into()),
-            Ok(count) => queue.sent(count as usize, &mut ended),
-            Err(error) if error.raw_os_error() == Some(libc::EINTR) => queue.sent(0, &mut ended),
+            Ok(count) => count as usize,
+            Err(error) if error.raw_os_error() == Some(libc::EINTR) => 0,
             Err(error) => break side.0.fail(format!("sending: {error}")),
-        }
+        };
+        queue.transport.sent(&queue.machine, count, &mut ended);
         if !ended.is_empty() {
             local.commands_ended(queue, &mut ended);
         }
@@ -283,25 +264,31 @@ async fn receive(side: Side) {
     let mut message = Message::new();
     let mut ended = Vec::with_capacity(queue.depth as usize);
     while !queue.is_ending() {
-        queue.input(&mut message.pieces);
+        queue.transport.input(&queue.machine, &mut message.pieces);
         // SAFETY: as in `send`; the memory is the machine's, or that of commands that read, and no Rust reference
         // covers it.
         let received = unsafe { local.io().receive(&queue.socket, &mut message) }.await;
-        match received {
-            Ok(0) => side.0.fail("the controller closed the connection".into()),
-            Ok(count) => {
-                let done = queue.received(count as usize, &mut ended);
-                local.commands_ended(queue, &mut ended);
-                if let Err(error) = done {
-                    queue.terminate(&error);
-                    side.0.fail(format!("protocol error: {error}"));
-                }
-                if queue.machine.borrow().wants_to_send() {
-                    queue.kick(local.io());
-                }
+        let count = match received {
+            Ok(0) => {
+                side.0.fail("the controller closed the connection".into());
+                break;
             }
-            Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
-            Err(error) => side.0.fail(format!("receiving: {error}")),
+            Ok(count) => count as usize,
+            Err(error) if error.raw_os_error() == Some(libc::EINTR) => continue,
+            Err(error) => {
+                side.0.fail(format!("receiving: {error}"));
+                break;
+            }
+        };
+        let done = queue.transport.received(&queue.machine, count, &mut ended);
+        local.commands_ended(queue, &mut ended);
+        if let Err(error) = done {
+            if let Failure::Protocol(error) = &error {
+                queue.terminate(error);
+            }
+            side.0.fail(error.to_string());
+        } else if queue.transport.wants_to_send(&queue.machine) {
+            queue.kick(local.io());
         }
     }
 }

@@ -4,6 +4,7 @@
 //! - [`dispatch`] cuts requests into commands, chooses queues for them, and decides what becomes of a command that
 //!   failed or lost its connection.
 //! - [`connection`] is one queue: the protocol's state machine, its socket, and the two tasks between them.
+//! - [`transport`] is what is between machine and socket: nothing, or TLS.
 //!
 //! All of it belongs to one reactor's thread: there is no lock, and in the steady state nothing is allocated. What a
 //! turn of the reactor begins goes out in one send.
@@ -11,6 +12,7 @@
 pub(super) mod connection;
 pub(super) mod dispatch;
 pub(super) mod table;
+mod transport;
 
 #[cfg(test)]
 mod tests;
