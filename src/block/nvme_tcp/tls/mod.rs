@@ -18,7 +18,7 @@ mod session;
 mod stream;
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 pub use psk::{Derivation, TlsPsk};
 pub use session::TlsSession;

@@ -165,3 +165,14 @@ fn a_storage_that_is_dropped_is_left_by_all_threads() {
     rig.storage = None;
     rig.until(|| Arc::strong_count(&rig.namespace) == 1 + rig.paths.len());
 }
+
+#[test]
+fn a_thread_that_takes_no_turn_keeps_no_connection_of_the_past() {
+    let rig = Rig::new(Setup::default());
+    let member = rig.namespace.join();
+    rig.until(|| rig.path().told("join") == 1);
+    (0..3).for_each(|_| rig.path().go_up());
+    rig.namespace.tell_all();
+    rig.namespace.tell_all();
+    assert_eq!(member.take_events().len(), 2);
+}

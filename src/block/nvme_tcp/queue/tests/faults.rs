@@ -56,8 +56,11 @@ fn round(rig: &Rig, round: u64) {
 
 #[test]
 fn connections_that_are_cut_again_and_again_cost_no_request() {
-    for digests in [false, true] {
-        let rig = Rig::new(Setup::default().digests(digests, digests));
+    for (digests, tls) in [(false, false), (true, false), (false, true)] {
+        let rig = Rig::new(Setup {
+            tls,
+            ..Setup::default().digests(digests, digests)
+        });
         rig.fill();
         let mut count = 0;
         rig.peer().script(move |_| {
@@ -235,7 +238,16 @@ fn a_retry_waits_as_long_as_the_controller_asks() {
 
 #[test]
 fn a_controller_that_breaks_the_protocol_is_told_so_and_connected_anew() {
-    let rig = Rig::new(Setup::default());
+    for tls in [false, true] {
+        breaks_the_protocol(tls);
+    }
+}
+
+fn breaks_the_protocol(tls: bool) {
+    let rig = Rig::new(Setup {
+        tls,
+        ..Setup::default()
+    });
     rig.fill();
     rig.peer().script(|command| match command.number {
         // A response to a command that nobody sent.

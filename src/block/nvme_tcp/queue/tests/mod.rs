@@ -6,6 +6,7 @@ mod paths;
 mod peer;
 mod reservations;
 mod rig;
+mod tls;
 mod transfers;
 
 use std::future::Future;

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::peer::{Options, Peer};
+use super::tls;
 use crate::block::nvme_tcp::NvmeStorage;
 use crate::block::nvme_tcp::link::{
     Access, ControllerLimits, Geometry, IoConnection, Member, MemberEvent, Namespace, PathCommand,
@@ -35,6 +36,7 @@ pub struct Setup {
     pub discard_granularity: u32,
     /// A reservation is wanted, of a host with this identifier.
     pub reserved_for: Option<[u8; 16]>,
+    pub tls: bool,
 }
 
 impl Default for Setup {
@@ -70,6 +72,7 @@ impl Default for Setup {
             up: true,
             discard_granularity: 512,
             reserved_for: None,
+            tls: false,
         }
     }
 }
@@ -92,6 +95,7 @@ pub struct Path {
     pub index: usize,
     pub shared: Arc<SharedPath>,
     pub peer: Peer,
+    tls: bool,
     params: QueueParams,
     limits: ControllerLimits,
     members: Mutex<Vec<Arc<Member>>>,
@@ -112,7 +116,10 @@ impl Path {
             path: self.index,
             generation,
             qid: 1,
-            wire: Wire::Plain(self.peer.connect()),
+            wire: match self.tls {
+                true => tls::connect(&self.peer),
+                false => Wire::Plain(self.peer.connect()),
+            },
             params: self.params,
             limits: self.limits,
             nsid: 1,
@@ -273,6 +280,7 @@ impl Rig {
                     } else {
                         one.sibling()
                     },
+                    tls: setup.tls,
                     params: setup.params,
                     limits: setup.limits,
                     members: Mutex::new(Vec::new()),

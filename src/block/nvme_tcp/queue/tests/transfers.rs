@@ -99,6 +99,16 @@ fn so_they_do_where_data_come_in_small_pdus_and_requests_are_cut() {
     sixty_four_at_once(setup);
 }
 
+#[test]
+fn so_they_do_through_tls_with_keys_that_change() {
+    for digests in [false, true] {
+        sixty_four_at_once(Setup {
+            tls: true,
+            ..Setup::default().digests(digests, digests)
+        });
+    }
+}
+
 /// What was asked for, in bytes, and in order of the offsets.
 fn ranges(commands: &[Command], opcode: u8) -> Vec<(u64, usize)> {
     let its = commands.iter().filter(|c| c.opcode() == opcode);

@@ -3,7 +3,7 @@
 
 mod derivation;
 mod gnutls;
-mod server;
+pub(in crate::block::nvme_tcp) mod server;
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -32,7 +32,8 @@ fn psk(text: &str, derivation: Derivation) -> TlsPsk {
     TlsPsk::derive(&secret, derivation, HOST, SUBSYSTEM).unwrap()
 }
 
-fn psks() -> [TlsPsk; 2] {
+/// Two keys of one host and one subsystem.
+pub(in crate::block::nvme_tcp) fn psks() -> [TlsPsk; 2] {
     KEYS.map(|text| psk(text, Derivation::Version1))
 }
 

@@ -53,7 +53,7 @@ unsafe extern "C" fn find_session(
 }
 
 /// Whose session a server continues.
-pub(super) enum Server {
+pub(in crate::block::nvme_tcp) enum Server {
     /// That of this PSK.
     Psk(TlsPsk),
     /// Nobody's: it has a certificate.
@@ -90,7 +90,7 @@ impl Server {
     }
 
     /// Takes one connection, does the handshake, and gives the session to `serve`.
-    pub(super) fn start<T: Send + 'static>(
+    pub(in crate::block::nvme_tcp) fn start<T: Send + 'static>(
         self,
         serve: impl FnOnce(SslStream<TcpStream>) -> T + Send + 'static,
     ) -> (SocketAddr, JoinHandle<Option<T>>) {
@@ -106,7 +106,7 @@ impl Server {
 }
 
 /// Has the next record of a server preceded by a KeyUpdate that asks for one of the client.
-pub(super) fn request_key_update(stream: &SslStream<TcpStream>) {
+pub(in crate::block::nvme_tcp) fn request_key_update(stream: &SslStream<TcpStream>) {
     // SAFETY: the SSL is alive.
     assert_eq!(unsafe { SSL_key_update(stream.ssl().as_ptr(), 1) }, 1);
 }
