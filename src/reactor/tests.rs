@@ -283,9 +283,10 @@ fn a_message_goes_through_a_socket_and_one_that_waits_is_cancelled() {
     let (mut out, mut into) = (Message::new(), Message::new());
     out.pieces.extend(from.iter_mut().map(piece));
     into.pieces.push(piece(&mut to));
-    // SAFETY: the vectors outlive the operations.
     let (sent, received) = io.block_on(async {
+        // SAFETY: the vectors outlive the operations, as below.
         let receiving = unsafe { io.receive(&b, &mut into) };
+        // SAFETY: as above.
         let sent = unsafe { io.send(&a, &mut out) }.await;
         (sent.unwrap(), receiving.await.unwrap())
     });

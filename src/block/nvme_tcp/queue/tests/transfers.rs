@@ -258,8 +258,10 @@ fn zeros_are_written_as_data_where_there_is_no_command() {
 
 #[test]
 fn a_discard_takes_whole_grains_in_ranges_that_the_controller_takes() {
-    let mut setup = Setup::default();
-    setup.discard_granularity = 4096;
+    let mut setup = Setup {
+        discard_granularity: 4096,
+        ..Setup::default()
+    };
     setup.limits.max_discard_ranges = 2;
     setup.limits.max_discard_range_blocks = 16;
     setup.limits.max_discard_blocks = 24;
