@@ -279,7 +279,7 @@ impl CommonHeader {
         }
         let pdo = usize::from(self.pdo);
         // More padding than the alignment needs does no harm, and is taken.
-        if pdo < header_len || !pdo.is_multiple_of(agreed.alignment.max(1) as usize) {
+        if pdo < header_len || pdo % agreed.alignment.max(1) as usize != 0 {
             return Err(Violation::DataOffset { pdu, pdo: self.pdo });
         }
         let digest_len = agreed.data_digest_len();

@@ -229,7 +229,7 @@ fn a_write_is_sent_as_it_is_asked_for_in_pdus_of_the_agreed_size() {
         let hdgst = if params.header_digest { 4 } else { 0 };
         let ddgst = if params.data_digest { 4 } else { 0 };
         let align = params.host_pdu_alignment as usize;
-        let pdo = (24 + hdgst as usize).next_multiple_of(align);
+        let pdo = usize::next_multiple_of(24 + hdgst, align);
         let mut at = 0;
         let expected = [
             (0xbeef, 0, 4096, 0),

@@ -264,7 +264,7 @@ impl Rig {
         let hdgst = if self.params.header_digest { 4 } else { 0 };
         let ddgst = if self.params.data_digest { 4 } else { 0 };
         let align = self.params.controller_pdu_alignment as usize;
-        let pdo = (24 + hdgst as usize).next_multiple_of(align);
+        let pdo = usize::next_multiple_of(24 + hdgst, align);
         let plen = (pdo + data.len() + ddgst) as u32;
         let ddgstf = if ddgst > 0 { 2 } else { 0 };
         let mut pdu = vec![7, flags | ddgstf, 24, pdo as u8];

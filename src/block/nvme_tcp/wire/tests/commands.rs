@@ -8,6 +8,9 @@ fn nlb(blocks: u64) -> Nlb {
     Nlb::new(blocks).expect("a number of blocks")
 }
 
+/// Bytes, and where they are.
+type Parts = Vec<(usize, &'static [u8])>;
+
 /// An entry with these bytes, the rest as every entry has it: PSDT 01b, and an SGL descriptor of nothing.
 fn entry(parts: &[(usize, &[u8])]) -> [u8; 64] {
     let mut bytes = [0; 64];
@@ -26,7 +29,7 @@ const SLBA_BYTES: &[u8] = &[1, 2, 3, 4, 5, 6, 7, 8];
 
 #[test]
 fn commands_of_the_nvm_command_set_have_the_bytes_of_the_specification() {
-    let cases: Vec<(Sqe, Vec<(usize, &[u8])>)> = vec![
+    let cases: Vec<(Sqe, Parts)> = vec![
         (
             Sqe::read(NSID, SLBA, nlb(65536)),
             vec![(0, &[0x02]), (40, SLBA_BYTES), (48, &[0xff, 0xff])],
@@ -91,7 +94,7 @@ fn commands_of_the_nvm_command_set_have_the_bytes_of_the_specification() {
 
 #[test]
 fn admin_commands_have_the_bytes_of_the_specification() {
-    let cases: Vec<(Sqe, Vec<(usize, &[u8])>)> = vec![
+    let cases: Vec<(Sqe, Parts)> = vec![
         (
             Sqe::identify(cns::NAMESPACE_DESCRIPTORS, NSID, 0),
             vec![(0, &[0x06]), (4, NSID_BYTES), (40, &[3])],
@@ -137,7 +140,7 @@ fn admin_commands_have_the_bytes_of_the_specification() {
 
 #[test]
 fn fabrics_commands_have_the_bytes_of_the_specification() {
-    let cases: Vec<(Sqe, Vec<(usize, &[u8])>)> = vec![
+    let cases: Vec<(Sqe, Parts)> = vec![
         // Base 6.3: RECFMT 0, QID, SQSIZE less one, CATTR, KATO.
         (
             Sqe::connect(0x0102, 128, CATTR_DISABLE_SQ_FLOW_CONTROL, 0x0001_d4c0).expect("entries"),
