@@ -456,6 +456,11 @@ fn readers_of_one_cluster_make_one_copy() {
     over.settle();
     assert_eq!(over.disk.copy_stats().stored_bytes, 65536);
     assert!(run_len(&over) < 65536 * 2);
+    let read = over.base_bytes();
+    assert!(
+        read <= 65536 + 15 * 4096,
+        "one brings the cluster, the others what they need: {read}"
+    );
     over.finish("one copy");
 }
 
@@ -507,6 +512,32 @@ fn a_disk_that_changes_its_size_shows_no_copy_of_what_it_has_lost() {
 }
 
 #[test]
+fn what_is_no_hole_any_more_is_left_alone() {
+    for kind in KINDS {
+        let size = 1 << 20;
+        let mut over = Over::new(kind, pattern(size, 1), size);
+        let written = pattern(70_000 / 512 * 512, 2);
+        over.io.block_on(async {
+            let (io, disk) = (&over.io, &over.disk);
+            write(io, disk, 4096 + 512, &written).await;
+            let zeroes = disk.write_zeroes(io, 131_072, 65536, true);
+            zeroes.await.expect("zeroes");
+            let zeroes = disk.write_zeroes(io, 262_144 + 8192, 4096, true);
+            zeroes.await.expect("zeroes");
+            // As late as can be: what was read of the base before all that.
+            let mut buf = io.buf(512 << 10);
+            buf.copy_from_slice(&over.model[..512 << 10]);
+            let stored = disk.top().0.store_copy(io, 0, &mut buf).await;
+            assert!(stored.expect("stored") > 0, "{kind}: the rest");
+        });
+        over.model[4608..][..written.len()].copy_from_slice(&written);
+        over.model[131_072..196_608].fill(0);
+        over.model[270_336..274_432].fill(0);
+        over.finish(kind);
+    }
+}
+
+#[test]
 fn while_the_guest_is_migrated_nothing_is_copied() {
     let size = 1 << 20;
     let over = Over::new(KINDS[1], pattern(size, 1), size);
@@ -549,6 +580,36 @@ fn what_copies_add_to_a_flush() {
         "{events:?}"
     );
     over.finish("flush");
+}
+
+#[test]
+fn a_power_loss_at_any_step_of_a_flush_loses_copies_at_most() {
+    for kind in KINDS {
+        for steps in 0..5 {
+            let size = 512 << 10;
+            let mut base = pattern(size, 1);
+            base[100_000..200_000].fill(0);
+            let over = Over::new(kind, base, size);
+            over.check(0, 4096);
+            over.settle();
+            let flushed = over.io.block_on(over.disk.flush(&over.io));
+            flushed.expect("flush");
+            over.check(0, size);
+            over.settle();
+            the_sim(&over.top).cut_power_after(steps);
+            let _cut = over.io.block_on(over.disk.flush(&over.io));
+            for seed in 1..=4 {
+                // All that reached the file and some of it; the mapping without the data above all.
+                let bytes = the_sim(&over.top).crash(seed);
+                std::fs::write(over.path("a"), bytes).expect("image");
+                let (file, raw) = (over.path("a"), over.path("raw"));
+                let (file, raw) = (file.display().to_string(), raw.display().to_string());
+                run("qemu-img", &["convert", "-O", "raw", &file, &raw]);
+                let got = std::fs::read(raw).expect("raw");
+                assert!(got == over.model, "{kind}, {steps} steps, {seed}");
+            }
+        }
+    }
 }
 
 /// Tasks that read anywhere, and change sectors of their own.
