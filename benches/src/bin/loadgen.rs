@@ -54,6 +54,9 @@ struct Args {
     /// Seconds without any completion after which the backend counts as hung
     #[arg(long, default_value_t = 20)]
     patience: u64,
+    /// Leave the CPU to others where there is nothing to take: for a client that shares it
+    #[arg(long)]
+    yields: bool,
     /// Put into the record
     #[arg(long, default_value = "")]
     subject: String,
@@ -251,7 +254,10 @@ fn measure(args: &Args, device: &mut Device, lanes: &mut [Lane]) -> Result<Recor
             }
         }
         if idle {
-            std::hint::spin_loop();
+            match args.yields {
+                true => std::thread::yield_now(),
+                false => std::hint::spin_loop(),
+            }
             let now = Instant::now();
             if now - last > patience {
                 return Err(
