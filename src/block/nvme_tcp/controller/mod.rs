@@ -35,7 +35,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::link::{Namespace, PathCommand, SharedPath};
-use super::spec::NvmeSpec;
+use super::spec::{NvmeOptions, NvmeSpec};
 use crate::block::error::{Error, ErrorKind, Result};
 use common::Common;
 use path::Path;
@@ -52,7 +52,7 @@ const TO_END: Duration = Duration::from_secs(2);
 /// # Errors
 /// What the user gave does not make sense, or no path has found the namespace in time; then the message says why,
 /// for each address.
-pub fn open(spec: NvmeSpec) -> Result<Arc<Namespace>> {
+pub fn open(mut spec: NvmeSpec) -> Result<Arc<Namespace>> {
     let wrong = |what: &str, why: &str| Error::image(ErrorKind::InvalidImage, what, None, why);
     if spec.addresses.is_empty() {
         return Err(wrong(
@@ -61,6 +61,12 @@ pub fn open(spec: NvmeSpec) -> Result<Arc<Namespace>> {
         ));
     }
     let target = Target::new(spec.subsystem.clone(), spec.options.clone())?;
+    // Reservations go by it, long after the files of the machine can be read.
+    spec.options = Arc::new(NvmeOptions {
+        host_nqn: Some(target.host.nqn.clone()),
+        host_id: Some(target.host.id),
+        ..(*spec.options).clone()
+    });
     let system = |what| {
         let name = spec.subsystem.clone();
         move |error| Error::io(name, what, None, error)
