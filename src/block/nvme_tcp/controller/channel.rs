@@ -1,6 +1,8 @@
 //! Commands over a transport: one at a time that is waited for, and others beside it whose ends are collected.
 
 use std::collections::VecDeque;
+use std::io;
+use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
@@ -65,6 +67,11 @@ impl Channel {
             ended: VecDeque::new(),
             current: None,
         }
+    }
+
+    /// See [`Transport::peer`].
+    pub(crate) fn peer(&self) -> io::Result<SocketAddr> {
+        self.transport.peer()
     }
 
     /// Its descriptor, to wait for.

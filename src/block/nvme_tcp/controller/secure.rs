@@ -1,19 +1,21 @@
 //! What protects a path: the secrets, and authentication of its queues.
 
-use std::net::TcpStream;
+use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use super::channel::{Channel, succeeded};
+use super::dial;
 use super::setup::Target;
-use super::trouble::{Result, later, never};
+use super::trouble::{Result, kind_of, later, never};
 use super::wait::Waiter;
 use crate::block::error::{Error, ErrorKind};
 use crate::block::nvme_tcp::auth::{AuthConfig, Authentication, Step};
 use crate::block::nvme_tcp::link::Wire;
-use crate::block::nvme_tcp::secret::DhChapSecret;
+use crate::block::nvme_tcp::secret::{DhChapSecret, TlsSecret};
 use crate::block::nvme_tcp::spec::NvmeOptions;
+use crate::block::nvme_tcp::tls::{Derivation, TlsPsk, TlsSession};
 use crate::block::nvme_tcp::wire::Sqe;
 
 /// Messages of one authentication, at most: twice as many as the longest one has.
@@ -26,20 +28,49 @@ static TRANSACTION: AtomicU16 = AtomicU16::new(1);
 #[derive(Debug)]
 pub(crate) struct Security {
     authentication: Option<AuthConfig>,
+    tls: Option<Keys>,
+}
+
+/// A pre-shared key, under each identity that a target may know it by.
+#[derive(Debug)]
+struct Keys {
+    keys: Vec<TlsPsk>,
+    /// The one that was taken last.
+    taken: AtomicUsize,
+}
+
+impl Keys {
+    fn new(secret: &TlsSecret, host_nqn: &str, subsystem: &str) -> crate::block::Result<Self> {
+        let mut keys = Vec::with_capacity(Derivation::ALL.len());
+        let mut refused = None;
+        for derivation in Derivation::ALL {
+            match TlsPsk::derive(secret, derivation, host_nqn, subsystem) {
+                Ok(key) => keys.push(key),
+                // Long names have room in the identities of version 1 only.
+                Err(error) => refused = Some(error),
+            }
+        }
+        if let (true, Some(error)) = (keys.is_empty(), refused) {
+            return Err(Error::image(
+                ErrorKind::InvalidImage,
+                subsystem,
+                None,
+                error,
+            ));
+        }
+        let taken = AtomicUsize::new(0);
+        Ok(Self { keys, taken })
+    }
 }
 
 impl Security {
     /// Reads the secrets.
-    pub(crate) fn load(options: &NvmeOptions) -> crate::block::Result<Self> {
+    pub(crate) fn load(
+        options: &NvmeOptions,
+        host_nqn: &str,
+        subsystem: &str,
+    ) -> crate::block::Result<Self> {
         let refuse = |kind, why| Err(Error::image(kind, "nvme options", None, why));
-        // Without it the connection would be plain, which is not what was asked for.
-        if options.tls_key.is_some() {
-            return refuse(
-                ErrorKind::Unsupported,
-                "TLS of remote disks is not served by this version; leave the TLS key out, and use a network that \
-                 you trust",
-            );
-        }
         let load = |source: &Option<_>| {
             let secret = source.as_ref().map(DhChapSecret::load).transpose();
             secret.map(|secret| secret.map(Arc::new))
@@ -55,12 +86,48 @@ impl Security {
             }
             None => None,
         };
-        Ok(Self { authentication })
+        let tls = match &options.tls_key {
+            Some(source) => Some(Keys::new(&TlsSecret::load(source)?, host_nqn, subsystem)?),
+            None => None,
+        };
+        Ok(Self {
+            authentication,
+            tls,
+        })
     }
 
-    /// The transport on a connection that was just made.
-    pub(crate) fn wrap(&self, stream: TcpStream) -> Wire {
-        Wire::Plain(stream)
+    /// Connects to one of `addresses`; with TLS, where there is a key for it. A target that does not take the key
+    /// under one identity is asked with the next, on a new connection. Nothing else goes on during a handshake,
+    /// which the deadline bounds.
+    pub(crate) fn dial(
+        &self,
+        addresses: &[SocketAddr],
+        deadline: Instant,
+        waiter: &mut dyn Waiter,
+    ) -> Result<Wire> {
+        let Some(Keys { keys, taken }) = &self.tls else {
+            return Ok(Wire::Plain(dial::connect(addresses, deadline, waiter)?));
+        };
+        let first = taken.load(Ordering::Relaxed);
+        let mut refusal = later("there is no TLS key");
+        for index in (0..keys.len()).map(|index| (first + index) % keys.len()) {
+            let stream = dial::connect(addresses, deadline, waiter)?;
+            let system = |error| later(format!("changing the connection's mode: {error}"));
+            stream.set_nonblocking(false).map_err(system)?;
+            match TlsSession::connect(&stream, &keys[index], deadline) {
+                Ok(session) => {
+                    stream.set_nonblocking(true).map_err(system)?;
+                    taken.store(index, Ordering::Relaxed);
+                    return Ok(Wire::Tls(stream, Box::new(session)));
+                }
+                Err(error) if error.is_refusal() => {
+                    log::debug!("TLS as {:?}: {error}", keys[index].identity());
+                    refusal = kind_of(ErrorKind::NotAllowed, error).during("TLS");
+                }
+                Err(error) => return Err(later(error).during("TLS")),
+            }
+        }
+        Err(refusal)
     }
 
     /// In-band authentication of a queue that was just connected (Base section 8.13.5).

@@ -1,11 +1,10 @@
 //! From an address to a controller that is ready, and from there to I/O queues.
 
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::channel::{Channel, succeeded};
-use super::dial;
 use super::facts::{NamespaceFacts, Reader};
 use super::secure::Security;
 use super::transport::{Transport, Wishes};
@@ -120,10 +119,11 @@ impl Target {
     /// # Errors
     /// Names that are none, secrets that cannot be had.
     pub(crate) fn new(subsystem: String, options: Arc<NvmeOptions>) -> crate::block::Result<Self> {
+        let host = Host::find(&options)?;
         Ok(Self {
+            security: Security::load(&options, &host.nqn, &subsystem)?,
             subsystem,
-            host: Host::find(&options)?,
-            security: Security::load(&options)?,
+            host,
             options,
         })
     }
@@ -131,11 +131,11 @@ impl Target {
     /// Connects a queue's transport.
     fn transport(
         &self,
-        stream: TcpStream,
+        addresses: &[SocketAddr],
         deadline: Instant,
         waiter: &mut dyn Waiter,
     ) -> Result<Channel> {
-        let wire = self.security.wrap(stream);
+        let wire = self.security.dial(addresses, deadline, waiter)?;
         let wishes = Wishes {
             header_digest: self.options.header_digest,
             data_digest: self.options.data_digest,
@@ -246,11 +246,10 @@ impl Target {
         deadline: Instant,
         waiter: &mut dyn Waiter,
     ) -> Result<Ready> {
-        let stream = dial::connect(addresses, deadline, waiter)?;
-        let peer = stream
-            .peer_addr()
+        let mut channel = self.transport(addresses, deadline, waiter)?;
+        let peer = channel
+            .peer()
             .map_err(|error| later(format!("the connection is gone: {error}")))?;
-        let mut channel = self.transport(stream, deadline, waiter)?;
         let whole = (0, ConnectData::ANY_CONTROLLER);
         let connected = self.connect(&mut channel, whole, ADMIN_ENTRIES, kato, deadline, waiter)?;
         let cntlid = connected.map_err(|refusal| refusal.trouble)?;
@@ -291,8 +290,7 @@ impl Target {
         waiter: &mut dyn Waiter,
     ) -> Result<std::result::Result<Channel, Refusal>> {
         loop {
-            let stream = dial::connect(&[peer], deadline, waiter)?;
-            let mut channel = self.transport(stream, deadline, waiter)?;
+            let mut channel = self.transport(&[peer], deadline, waiter)?;
             let ids = (qid, cntlid);
             match self.connect(&mut channel, ids, entries, Duration::ZERO, deadline, waiter)? {
                 Ok(_) => return Ok(Ok(channel)),

@@ -2,7 +2,7 @@
 //! queues need. A path's thread runs it, not a worker.
 
 use std::io::{self, Read, Write};
-use std::net::Shutdown;
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use super::wait::{Patience, Waiter, Want};
 use crate::block::error::ErrorKind;
 use crate::block::nvme_tcp::link::Wire;
 use crate::block::nvme_tcp::machine::QueueParams;
+use crate::block::nvme_tcp::tls::{TlsError, TlsSession};
 use crate::block::nvme_tcp::wire::digest::{crc32c, digest};
 use crate::block::nvme_tcp::wire::pdu::{
     Agreed, CAPSULE_CMD_HEADER, COMMON_HEADER, CapsuleCmd, CommonHeader, IC_PDU, ICReq, ICResp,
@@ -189,6 +190,11 @@ impl Transport {
         Ok(self.wire)
     }
 
+    /// Where the controller is.
+    pub(crate) fn peer(&self) -> io::Result<SocketAddr> {
+        self.wire.socket().peer_addr()
+    }
+
     /// Its descriptor, to wait for.
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.wire.socket().as_fd()
@@ -201,8 +207,13 @@ impl Transport {
         deadline: Instant,
         waiter: &mut dyn Waiter,
     ) -> Result<()> {
-        while !bytes.is_empty() {
-            match self.wire.write(bytes) {
+        loop {
+            let sent = match bytes.is_empty() {
+                true => self.wire.flush().map(|()| 0),
+                false => self.wire.write(bytes),
+            };
+            match sent {
+                Ok(_) if bytes.is_empty() => return Ok(()),
                 Ok(sent) => bytes = &bytes[sent..],
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -214,7 +225,6 @@ impl Transport {
                 Err(error) => return Err(later(format!("send: {error}"))),
             }
         }
-        Ok(())
     }
 
     /// Sends a command, with its data in the capsule.
@@ -391,29 +401,77 @@ fn le32(bytes: &[u8]) -> u32 {
 
 impl Wire {
     /// The TCP connection.
-    pub(crate) fn socket(&self) -> &std::net::TcpStream {
+    pub(crate) fn socket(&self) -> &TcpStream {
         match self {
-            Self::Plain(stream) => stream,
+            Self::Plain(stream) | Self::Tls(stream, _) => stream,
         }
     }
 }
 
+/// What comes is [`io::ErrorKind::WouldBlock`] where a connection that does not block has nothing.
 impl Read for Wire {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Plain(stream) => stream.read(buf),
+        let (stream, session) = match self {
+            Self::Plain(stream) => return stream.read(buf),
+            Self::Tls(stream, session) => (stream, session),
+        };
+        loop {
+            let read = session.read(buf);
+            // The answer to a KeyUpdate, or an alert; what the connection does not take goes with the next bytes.
+            match push(stream, session) {
+                Err(error) if read.is_ok() && error.kind() != io::ErrorKind::WouldBlock => {
+                    return Err(error);
+                }
+                _ => {}
+            }
+            match read {
+                Ok(0) => {}
+                Ok(count) => return Ok(count),
+                Err(TlsError::Closed) => return Ok(0),
+                Err(error) => return Err(error.into()),
+            }
+            let mut ciphertext = [0; PIECE];
+            match stream.read(&mut ciphertext)? {
+                // The end without close_notify may be somebody else's doing (RFC 8446, section 6.1).
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                count => session.feed(&ciphertext[..count]),
+            }
         }
     }
 }
 
+/// With TLS, what was taken is sent as far as the connection goes along; [`Write::flush`] sends the rest.
 impl Write for Wire {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Plain(stream) => stream.write(buf),
+        let (stream, session) = match self {
+            Self::Plain(stream) => return stream.write(buf),
+            Self::Tls(stream, session) => (stream, session),
+        };
+        push(stream, session)?;
+        let taken = &buf[..buf.len().min(PIECE)];
+        session.write(taken)?;
+        match push(stream, session) {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+            _ => Ok(taken.len()),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        match self {
+            Self::Plain(_) => Ok(()),
+            Self::Tls(stream, session) => push(stream, session),
+        }
     }
+}
+
+/// Sends what the session has to send.
+fn push(stream: &mut TcpStream, session: &mut TlsSession) -> io::Result<()> {
+    while !session.output().is_empty() {
+        match stream.write(session.output()) {
+            Ok(count) => session.sent(count),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
