@@ -45,6 +45,7 @@ host() {
     nvme_link 1 false
     sleep 8
     lives_on "the first port has fallen silent for 8 s"
+    grep -q 'no answer to a Keep Alive' "$RUN_DIR/disk.log" || fail "nobody noticed that a port is silent"
     nvme_link 1 true
 
     for ((cut = 1; cut <= CUTS; cut++)); do

@@ -47,7 +47,7 @@ refused_unless_allowed() {
         >"$RUN_DIR/refused.log" 2>&1; then
         fail "a remote backing file was opened though nobody allowed it"
     fi
-    grep -F -- --allow-remote "$RUN_DIR/refused.log" >&2 || fail "no word of --allow-remote in refused.log"
+    grep -F allow-remote "$RUN_DIR/refused.log" >&2 || fail "no word of allow-remote in refused.log"
 }
 
 guest_overlays() {

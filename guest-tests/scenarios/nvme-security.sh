@@ -7,7 +7,7 @@ source "$REPO_ROOT/guest-tests/lib/nvme-target.sh"
 SECRETS=()
 
 host() {
-    local both=$NVME_NQN.both tls=$NVME_NQN.tls all=$NVME_NQN.all key fd nqn name
+    local both=$NVME_NQN.2 tls=$NVME_NQN.3 all=$NVME_NQN.4 key fd nqn name
     nvme_need tls
     ensure openssl=openssl
     make_base "$RUN_DIR/disk.raw" 32
