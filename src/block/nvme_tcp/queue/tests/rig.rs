@@ -173,11 +173,13 @@ impl Path {
                 let say = |what: String| self.told.lock().unwrap().push(what);
                 match command {
                     PathCommand::Join(member) => {
+                        // Whoever knows of it finds it here.
+                        let mut members = self.members.lock().unwrap();
                         say("join".into());
                         if self.up.load(Ordering::SeqCst) {
                             self.connect(&member);
                         }
-                        self.members.lock().unwrap().push(member);
+                        members.push(member);
                     }
                     PathCommand::Leave { member } => {
                         let mut members = self.members.lock().unwrap();
