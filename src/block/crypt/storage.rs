@@ -35,11 +35,12 @@ pub struct CryptStorage {
     edges: Edges,
 }
 
-/// Calls what holds the ciphertext: never another cipher, so that no future contains itself.
+/// Calls what holds the ciphertext, which files and namespaces are asked for alike: never another cipher, so that no future contains itself.
 macro_rules! below {
     ($self:expr, $file:ident => $on_file:expr, $sim:ident => $on_sim:expr) => {
         match &*$self.below {
             Storage::File($file) => $on_file,
+            Storage::Nvme($file) => $on_file,
             #[cfg(test)]
             Storage::Sim($sim) => $on_sim,
             _ => Err($self.no_file()),
@@ -88,7 +89,7 @@ impl CryptStorage {
 
     #[cold]
     fn no_file(&self) -> Error {
-        let message = "only files and block devices are decrypted";
+        let message = "only files, block devices and namespaces are decrypted";
         Error::image(ErrorKind::Unsupported, self.path(), None, message)
     }
 
