@@ -36,11 +36,11 @@ host() {
     nvme_do "psk $(nvme_psk "$key" 1 "$tls")"
     nvme_do "nvme check-tls-key --keydata=$key --hostnqn=$NVME_HOST_NQN --subsysnqn=$all --identity=0 --insert"
 
-    refused none 1 "$NVME_NQN" authenticat
-    refused wrong 1 "$NVME_NQN" authenticat --nvme-dhchap-secret file:other.key
-    refused controller 1 "$both" authenticat --nvme-dhchap-secret file:host.key --nvme-dhchap-ctrl-secret file:other.key
-    refused plain 2 "$tls" tls
-    refused wrong-tls 2 "$tls" tls --nvme-tls-key file:other-tls.key
+    refused none 1 "$NVME_NQN" "requires authentication"
+    refused wrong 1 "$NVME_NQN" "the host's secret" --nvme-dhchap-secret file:other.key
+    refused controller 1 "$both" "the controller's secret" --nvme-dhchap-secret file:host.key --nvme-dhchap-ctrl-secret file:other.key
+    refused plain 2 "$tls" "closed the connection"
+    refused wrong-tls 2 "$tls" "pre-shared key" --nvme-tls-key file:other-tls.key
 
     serve way 1 "$NVME_NQN" --nvme-dhchap-secret file:host.key
     exec {fd}<"$RUN_DIR/controller.key"
@@ -71,7 +71,7 @@ serve() {
     start_backend "$1" "$(uri "$2" "$3")" raw "${NVME_HOST[@]}" --log-level trace "${@:4}"
 }
 
-# refused NAME PORT NQN WORD [virtioblkd options]: it ends by itself, and says why.
+# refused NAME PORT NQN WORDS [virtioblkd options]: it ends by itself, and says why.
 refused() {
     local status=0 log=$RUN_DIR/refused-$1.log
     (cd "$RUN_DIR" && exec timeout 30 "$VIRTIOBLKD" --blk-file "$(uri "$2" "$3")" --format raw --socket-path refused.sock \
@@ -79,7 +79,7 @@ refused() {
     ((status != 0)) || fail "$1: was not refused"
     ((status != 124)) || fail "$1: tries for ever"
     say "refused ($1): $(tail -n 1 "$log")"
-    tail -n 3 "$log" | grep -qi "$4" || fail "$1: the message does not say what is wrong (see refused-$1.log)"
+    tail -n 3 "$log" | grep -q "$4" || fail "$1: the message does not say what is wrong (see refused-$1.log)"
 }
 
 # no_secrets: of no secret is there a part in any log.
