@@ -18,11 +18,12 @@ impl Connection {
             return Err(Status::INVALID_FIELD.dnr());
         }
         let execution = self.execution(sqe);
-        let mut place = None;
+        let mut place = Err(Status::INTERNAL_ERROR);
         extent.namespace.store.zero(extent.offset, extent.len, || {
-            place = execution.map(|e| self.shared.journal.executed(e));
+            place = self.take_effect(|journal| execution.map(|e| journal.executed(e)));
+            place.is_ok()
         });
-        self.journaled(sqe.cid(), place);
+        self.journaled(sqe.cid(), place?);
         Ok(Next::Complete)
     }
 
@@ -52,13 +53,14 @@ impl Connection {
         for (slba, blocks) in ranges().filter(|&(_, blocks)| deallocate && blocks > 0) {
             let execution = self.execution(sqe).map(|e| Execution { slba, blocks, ..e });
             let shift = namespace.lba_shift();
-            let mut place = None;
+            let mut place = Err(Status::INTERNAL_ERROR);
             namespace
                 .store
                 .zero(slba << shift, (blocks << shift) as usize, || {
-                    place = execution.map(|e| self.shared.journal.executed(e));
+                    place = self.take_effect(|journal| execution.map(|e| journal.executed(e)));
+                    place.is_ok()
                 });
-            self.journaled(sqe.cid(), place);
+            self.journaled(sqe.cid(), place?);
         }
         Ok(())
     }

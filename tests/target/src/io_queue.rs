@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::connection::{Connection, End, Flow};
 use crate::faults::Chosen;
-use crate::journal::Execution;
+use crate::journal::{Execution, Journal};
 use crate::reservation::Access;
 use crate::status::Status;
 use crate::subsystem::{AnaState, Namespace};
@@ -295,19 +295,33 @@ impl Connection {
                     return Err(Status::DATA_SGL_LENGTH_INVALID.dnr());
                 }
                 let execution = self.execution(sqe);
-                let mut place = None;
+                let mut place = Err(Status::INTERNAL_ERROR);
                 extent.namespace.store.write(extent.offset, data, || {
                     let crc = || crc32c::crc32c(data);
-                    place = execution
-                        .map(|e| self.shared.journal.executed(Execution { crc: crc(), ..e }));
+                    place = self.take_effect(|journal| {
+                        execution.map(|e| journal.executed(Execution { crc: crc(), ..e }))
+                    });
+                    place.is_ok()
                 });
-                self.journaled(sqe.cid(), place);
+                self.journaled(sqe.cid(), place?);
                 Ok(())
             }
             op::FABRICS => self.auth_send(sqe, data),
             op::DATASET_MANAGEMENT => self.deallocate(sqe, data),
             _ => self.reservation_command(sqe, data),
         }
+    }
+
+    /// Whether a command that changes blocks may take effect, which `note` writes down then; called with these
+    /// blocks locked. Nothing more is done for a host that has ended the connection: it may have sent the command
+    /// again elsewhere and been answered, and what comes late would undo what followed (Linux's target destroys a
+    /// queue on its socket's change of state for the same reason).
+    pub fn take_effect<T>(&self, note: impl FnOnce(&Journal) -> T) -> Result<T, Status> {
+        if self.link.has_ended() {
+            // Nobody is told.
+            return Err(Status::INTERNAL_ERROR);
+        }
+        Ok(note(&self.shared.journal))
     }
 
     /// What the journal says of a command, if one is kept.

@@ -107,6 +107,18 @@ impl Link {
         Some(std::mem::take(&mut *self.mail.locked()))
     }
 
+    /// Whether either side has ended the connection, whatever is still to be read from it.
+    pub fn has_ended(&self) -> bool {
+        let mut fd = libc::pollfd {
+            fd: self.socket.as_raw_fd(),
+            events: libc::POLLRDHUP,
+            revents: 0,
+        };
+        // SAFETY: one initialized entry; nothing is waited for.
+        unsafe { libc::poll(&raw mut fd, 1, 0) };
+        fd.revents != 0
+    }
+
     /// Ends the connection: its thread sees the end of the stream.
     pub fn shut_down(&self) {
         let _ = self.socket.shutdown(Shutdown::Both);

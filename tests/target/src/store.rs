@@ -71,21 +71,25 @@ impl Store {
         each(unsafe { std::slice::from_raw_parts(self.base.add(at), len) })
     }
 
-    /// Writes `data` at `offset`; `under` runs while the range is locked.
-    pub fn write(&self, offset: u64, data: &[u8], under: impl FnOnce()) {
+    /// Writes `data` at `offset` if `under`, which runs while the range is locked, says so.
+    pub fn write(&self, offset: u64, data: &[u8], under: impl FnOnce() -> bool) {
         let at = self.check(offset, data.len());
         let _guard = self.exclusive(offset, data.len());
-        under();
-        // SAFETY: inside the mapping, and locked against everybody else.
-        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), self.base.add(at), data.len()) }
+        if under() {
+            // SAFETY: inside the mapping, and locked against everybody else.
+            unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), self.base.add(at), data.len()) }
+        }
     }
 
-    /// Makes the range read as zeros and gives whole pages back; `under` runs while the range is locked.
-    pub fn zero(&self, offset: u64, len: usize, under: impl FnOnce()) {
+    /// Makes the range read as zeros and gives whole pages back, if `under`, which runs while the range is
+    /// locked, says so.
+    pub fn zero(&self, offset: u64, len: usize, under: impl FnOnce() -> bool) {
         const PAGE: usize = 4096;
         let at = self.check(offset, len);
         let _guard = self.exclusive(offset, len);
-        under();
+        if !under() {
+            return;
+        }
         let (first, last) = (at.next_multiple_of(PAGE), (at + len) / PAGE * PAGE);
         // SAFETY: all inside the mapping, and locked against everybody else; what is given back reads as zeros.
         unsafe {

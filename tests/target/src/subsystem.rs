@@ -112,7 +112,7 @@ impl Namespace {
     }
     /// Writes its memory, past all protocol. Panics where the namespace never was.
     pub fn write(&self, offset: u64, data: &[u8]) {
-        self.store.write(offset, data, || ());
+        self.store.write(offset, data, || true);
     }
 }
 
@@ -227,7 +227,7 @@ impl Subsystem {
             let shift = namespace.lba_shift;
             namespace
                 .store
-                .zero(blocks << shift, ((was - blocks) << shift) as usize, || ());
+                .zero(blocks << shift, ((was - blocks) << shift) as usize, || true);
         }
         self.namespace_changed(nsid, notice);
         Ok(())
