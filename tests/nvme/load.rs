@@ -1,0 +1,302 @@
+//! Random requests whose right answers are known, and what the target may have executed for them.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use nvme_target::Execution;
+use vhost_user_frontend::blk::status;
+use vhost_user_frontend::{BlkQueue, Completion, Device, Op, Segment};
+
+use crate::common::Random;
+use crate::model::{Kind, MAX_SEGMENTS, Model, Pending, SECTOR};
+
+/// No request may be under way for so long: far beyond all timeouts that the cases have.
+pub const HANG: Duration = Duration::from_secs(120);
+
+/// NVM command set specification, section 3.
+const READ: u8 = 0x02;
+const WRITE: u8 = 0x01;
+const WRITE_ZEROES: u8 = 0x08;
+const DATASET_MANAGEMENT: u8 = 0x09;
+
+/// What the requests look like.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    /// Requests in flight on each queue.
+    pub depth: u16,
+    /// Sectors of the longest request.
+    pub max_sectors: u64,
+    /// Sectors that all requests are multiples of.
+    pub align: u64,
+    /// Sectors that requests like to sit around.
+    pub grain: u64,
+}
+
+/// A driver's requests on a disk.
+pub struct Load {
+    shape: Shape,
+    name: String,
+    pub random: Random,
+    pub model: Model,
+    pending: HashMap<u64, Pending>,
+    /// All that may change blocks, in the order of submission.
+    changes: Vec<Pending>,
+    pub submitted: u64,
+    pub completed: u64,
+    max_segments: usize,
+    last: Instant,
+}
+
+impl Load {
+    pub fn new(name: &str, seed: u64, shape: Shape, model: Model) -> Self {
+        println!("{name}: seed {seed}");
+        Self {
+            shape,
+            name: format!("{name}, seed {seed}"),
+            random: Random::new(seed),
+            model,
+            pending: HashMap::new(),
+            changes: Vec::new(),
+            submitted: 0,
+            completed: 0,
+            max_segments: 1,
+            last: Instant::now(),
+        }
+    }
+
+    pub fn bytes(&self) -> u32 {
+        self.shape.max_sectors as u32 * SECTOR as u32
+    }
+
+    fn what(&self) -> String {
+        format!("{}, after {} requests", self.name, self.submitted)
+    }
+
+    /// A range that nobody uses, half of the time in a small part of the disk, where requests meet often.
+    fn pick_range(&mut self) -> Option<Segment> {
+        let Shape {
+            max_sectors,
+            align,
+            grain,
+            ..
+        } = self.shape;
+        let sectors = self.model.sectors();
+        let r = &mut self.random;
+        let len = match r.below(8) {
+            0 => 1 + r.below(max_sectors),
+            1 => grain.min(max_sectors),
+            _ => 1 + r.below(12),
+        };
+        let span = match r.below(2) {
+            0 => sectors / 16,
+            _ => sectors,
+        };
+        let mut sector = r.below(span);
+        match r.below(4) {
+            0 => sector = sector / grain * grain,
+            1 => {
+                sector = (sector / grain + 1) * grain;
+                sector = sector.saturating_sub(1 + r.below(len.min(4)));
+            }
+            _ => {}
+        }
+        let sector = sector.min(sectors - align) / align * align;
+        let len = len
+            .next_multiple_of(align)
+            .min(max_sectors)
+            .min(sectors - sector);
+        let range = sector as usize..(sector + len) as usize;
+        if self.model.busy[range.clone()].iter().any(|b| *b) {
+            return None;
+        }
+        self.model.busy[range].fill(true);
+        Some(Segment::new(sector, len as u32))
+    }
+
+    fn pick(&mut self) -> Option<Pending> {
+        let kind = match self.random.below(100) {
+            0..=39 => Kind::Read,
+            40..=82 => Kind::Write,
+            83..=88 => Kind::Zero,
+            89..=95 => Kind::Discard,
+            _ => Kind::Flush,
+        };
+        let wanted = match kind {
+            Kind::Flush => 0,
+            Kind::Read | Kind::Write => 1,
+            _ => 1 + self.random.below(self.max_segments as u64) as usize,
+        };
+        let mut request = Pending {
+            kind,
+            segments: [Segment::new(0, 0); MAX_SEGMENTS],
+            count: 0,
+            seed: self.random.next(),
+        };
+        for _ in 0..wanted {
+            if let Some(mut segment) = self.pick_range() {
+                if kind == Kind::Zero && self.random.below(2) == 0 {
+                    segment = segment.unmap();
+                }
+                request.segments[request.count] = segment;
+                request.count += 1;
+            }
+        }
+        (kind == Kind::Flush || request.count > 0).then_some(request)
+    }
+
+    fn submit(&mut self, queue: &mut BlkQueue) {
+        let Some(request) = self.pick() else { return };
+        let token = self.submitted;
+        queue.submit(op(&request, &request.data()), token).unwrap();
+        if matches!(request.kind, Kind::Write | Kind::Zero | Kind::Discard) {
+            self.changes.push(request);
+        }
+        self.pending.insert(token, request);
+        self.submitted += 1;
+    }
+
+    fn complete(&mut self, queue: &mut BlkQueue, done: Completion) {
+        let request = self.pending.remove(&done.token);
+        let request =
+            request.unwrap_or_else(|| panic!("{done:?} completes twice; {}", self.what()));
+        let what = format!("{request:?}; {}", self.what());
+        assert_eq!(done.status, status::OK, "{what}");
+        let read = match request.kind {
+            Kind::Read => request.segments[0].num_sectors * SECTOR as u32,
+            _ => 0,
+        };
+        assert_eq!(done.used_len, read + 1, "{what}");
+        if request.kind == Kind::Read {
+            let mut got = vec![0; read as usize];
+            queue.copy_data(done.slot, &mut got);
+            let first = request.segments[0].sector as usize;
+            self.model.check_read(first, &got, &|| what.clone());
+        }
+        self.model.apply(&request);
+        for range in request.ranges() {
+            self.model.busy[range].fill(false);
+        }
+        queue.release(done);
+        self.completed += 1;
+        self.last = Instant::now();
+    }
+
+    /// Submits what there is room for, up to `until` requests in all, and takes what has completed: how many.
+    pub fn turn(&mut self, device: &mut Device, until: u64) -> u64 {
+        let config = device.config();
+        let offered = config.max_discard_seg.min(config.max_write_zeroes_seg);
+        self.max_segments = (offered.max(1) as usize).min(MAX_SEGMENTS);
+        let before = self.completed;
+        for queue in device.queues_mut() {
+            // Bursts of any length, so that batches of every size come about.
+            for _ in 0..1 + self.random.below(8) {
+                if self.submitted < until && queue.slots_taken() < usize::from(self.shape.depth) {
+                    self.submit(queue);
+                }
+            }
+            queue.ring.publish();
+            while let Some(done) = queue.poll().unwrap() {
+                self.complete(queue, done);
+            }
+        }
+        let done = self.completed - before;
+        if done == 0 {
+            assert!(
+                self.pending.is_empty() || self.last.elapsed() < HANG,
+                "{} requests hang: {:?}; {}",
+                self.pending.len(),
+                self.pending,
+                self.what()
+            );
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        if self.pending.is_empty() {
+            self.last = Instant::now();
+        }
+        done
+    }
+
+    /// Runs until `until` requests were submitted, and all are completed. `each` is called now and then.
+    pub fn go(&mut self, device: &mut Device, until: u64, mut each: impl FnMut(&mut Self)) {
+        while self.submitted < until || !self.pending.is_empty() {
+            self.turn(device, until);
+            each(self);
+        }
+        // Nothing comes that nobody waits for.
+        for queue in device.queues_mut() {
+            assert_eq!(queue.poll().unwrap(), None, "{}", self.what());
+            assert_eq!(queue.slots_taken(), 0, "{}", self.what());
+        }
+    }
+
+    /// Reads all of the disk; then no discarded sector is undecided any more.
+    pub fn read_all(&mut self, device: &mut Device) {
+        let what = format!("{}, at the end", self.name);
+        let sectors = self.model.sectors();
+        for first in (0..sectors).step_by(self.shape.max_sectors as usize) {
+            let len = self.shape.max_sectors.min(sectors - first) as u32 * SECTOR as u32;
+            let got = device.read(first, len).unwrap();
+            self.model
+                .check_read(first as usize, &got, &|| what.clone());
+        }
+    }
+
+    /// Every command that changed blocks was a part of a request that was made, with that request's data.
+    /// `block` is the namespace's, in bytes. How many were executed more than once is returned.
+    pub fn check_journal(&self, journal: &[Execution], block: usize) -> usize {
+        let mut by_sector: Vec<Vec<u32>> = vec![Vec::new(); self.model.bytes.len() / SECTOR];
+        for (index, change) in self.changes.iter().enumerate() {
+            for sector in change.ranges().flatten() {
+                by_sector[sector].push(index as u32);
+            }
+        }
+        let mut data: HashMap<u32, Vec<u8>> = HashMap::new();
+        let mut seen: HashMap<(u8, u64, u64, u32), usize> = HashMap::new();
+        let per = (block / SECTOR) as u64;
+        for e in journal.iter().filter(|e| e.opcode != READ) {
+            let (first, count) = (e.slba * per, e.blocks * per);
+            let range = first as usize..(first + count) as usize;
+            let within = |r: &Range<usize>| r.start <= range.start && range.end <= r.end;
+            let made = by_sector[range.start].iter().any(|&index| {
+                let change = &self.changes[index as usize];
+                let Some(part) = change.ranges().find(within) else {
+                    return false;
+                };
+                match (e.opcode, change.kind) {
+                    (WRITE, Kind::Write) => {
+                        let data = data.entry(index).or_insert_with(|| change.data());
+                        let at = (range.start - part.start) * SECTOR;
+                        crc32c::crc32c(&data[at..at + range.len() * SECTOR]) == e.crc
+                    }
+                    (WRITE_ZEROES, Kind::Zero) | (DATASET_MANAGEMENT, Kind::Discard) => true,
+                    // A discard may be done by zeroes, and zeroes may be deallocated where that reads as zeros.
+                    (WRITE_ZEROES, Kind::Discard) | (DATASET_MANAGEMENT, Kind::Zero) => true,
+                    _ => false,
+                }
+            });
+            assert!(made, "nobody asked for {e:?}; {}", self.what());
+            *seen.entry((e.opcode, e.slba, e.blocks, e.crc)).or_default() += 1;
+        }
+        let writes = seen.iter().filter(|((opcode, ..), _)| *opcode == WRITE);
+        writes.filter(|(_, times)| **times > 1).count()
+    }
+}
+
+/// The operation of a request; `data` is that of a write.
+pub fn op<'a>(request: &'a Pending, data: &'a [u8]) -> Op<'a> {
+    let segments = &request.segments[..request.count];
+    match request.kind {
+        Kind::Read => Op::Read {
+            sector: segments[0].sector,
+            len: segments[0].num_sectors * SECTOR as u32,
+        },
+        Kind::Write => Op::Write {
+            sector: segments[0].sector,
+            data,
+        },
+        Kind::Zero => Op::WriteZeroes(segments),
+        Kind::Discard => Op::Discard(segments),
+        Kind::Flush => Op::Flush,
+    }
+}
