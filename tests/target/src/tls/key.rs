@@ -1,5 +1,6 @@
 //! From a configured PSK and an identity to the key that TLS has (transport specification, section 3.6.1.3).
 
+use super::TlsOptions;
 use crate::auth::{Hash, secret};
 
 /// A configured PSK, and the hash that makes a retained PSK of it; none: it is one already.
@@ -7,6 +8,8 @@ pub(super) struct Configured {
     key: Vec<u8>,
     transform: Option<Hash>,
     compat: bool,
+    /// How identities that are known begin.
+    known: String,
 }
 
 /// What an identity says.
@@ -44,8 +47,8 @@ impl<'a> Identity<'a> {
 
 impl Configured {
     /// Reads the interchange form.
-    pub fn parse(text: &str, compat: bool) -> Option<Self> {
-        let (key, hash) = secret::interchange(text, "NVMeTLSkey-1:")?;
+    pub fn parse(options: &TlsOptions) -> Option<Self> {
+        let (key, hash) = secret::interchange(&options.key, "NVMeTLSkey-1:")?;
         let transform = match hash {
             0 => None,
             1 => Some(Hash::Sha256),
@@ -55,12 +58,16 @@ impl Configured {
         Some(Self {
             key,
             transform,
-            compat,
+            compat: options.compat,
+            known: options.known.clone(),
         })
     }
 
-    /// The key of an identity; none if its digest is that of another key.
+    /// The key of an identity; none if it is not known, or its digest is that of another key.
     pub fn key_for(&self, identity: &Identity<'_>) -> Option<Vec<u8>> {
+        if !identity.text.starts_with(&self.known) {
+            return None;
+        }
         let retained = match self.transform {
             None => self.key.clone(),
             Some(hash) => self.expand(
@@ -100,6 +107,7 @@ impl Configured {
         let prk = hash.hmac(&vec![0; hash.len()], &[key]);
         let mut info = Vec::new();
         if self.compat {
+            info.extend_from_slice(&(len as u16).to_le_bytes());
             info.extend_from_slice(&[b"tls13 ", label, context].concat());
         } else {
             info.extend_from_slice(&(len as u16).to_be_bytes());

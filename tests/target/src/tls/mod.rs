@@ -19,9 +19,11 @@ pub enum TlsFault {
 pub struct TlsOptions {
     /// The configured PSK, as `NVMeTLSkey-1:…:`.
     pub key: String,
-    /// Keys are derived as libnvme did before version 1.15: the parts of HKDF-Expand-Label's argument have no
-    /// lengths.
+    /// Keys are derived as libnvme did before version 1.15: in HKDF-Expand-Label's argument the length of the key is
+    /// little-endian, and the other parts have none.
     pub compat: bool,
+    /// How the identities begin that there is a key for: `NVMe1` for those of version 1 alone, say.
+    pub known: String,
     /// What goes wrong.
     pub fault: Option<TlsFault>,
 }
@@ -32,6 +34,7 @@ impl TlsOptions {
         Self {
             key: key.into(),
             compat: false,
+            known: String::new(),
             fault: None,
         }
     }
@@ -42,6 +45,7 @@ impl std::fmt::Debug for TlsOptions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("TlsOptions")
             .field("compat", &self.compat)
+            .field("known", &self.known)
             .field("fault", &self.fault)
             .finish_non_exhaustive()
     }

@@ -80,7 +80,7 @@ pub(crate) struct Server(SslContext);
 
 impl Server {
     pub fn new(options: &TlsOptions) -> io::Result<Self> {
-        let configured = Configured::parse(&options.key, options.compat).ok_or_else(|| {
+        let configured = Configured::parse(options).ok_or_else(|| {
             io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "the TLS key is not of the form NVMeTLSkey-1:…:",
