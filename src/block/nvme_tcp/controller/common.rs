@@ -130,8 +130,12 @@ impl Common {
 
     /// A path does not work.
     pub(crate) fn failed(&self, path: usize, failure: &Failure) {
-        self.lock().failures[path] = Some(failure.clone());
-        self.progress.notify_all();
+        let mut opening = self.lock();
+        // Once all have failed that is what is told, whatever further attempts come to before it is.
+        if opening.found.is_some() || opening.failures.iter().any(Option::is_none) {
+            opening.failures[path] = Some(failure.clone());
+            self.progress.notify_all();
+        }
     }
 
     /// A path has ended. Once all have, and the namespace is gone on one of them, it is gone.

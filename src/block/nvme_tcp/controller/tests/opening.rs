@@ -30,7 +30,7 @@ fn a_namespace_is_found_and_a_member_gets_a_queue() {
     assert_eq!(queue.params.max_h2c_data, 128 << 10);
     assert_eq!(queue.params.in_capsule, 8192);
     assert_eq!(queue.limits.max_transfer, 1 << 20);
-    assert_eq!(namespace.paths()[0].state(), PathState::Live);
+    worker.until(|| namespace.paths()[0].state() == PathState::Live);
     assert_eq!(namespace.paths()[0].access(), Access::Optimized);
     assert_eq!(target.connections(), 2);
     close(&namespace, &target);
@@ -180,7 +180,7 @@ fn a_controller_that_is_never_ready_is_given_the_time_that_it_tells() {
         .subsystem(0)
         .configure(|controller| controller.timeout_500ms = 255);
     let spec = spec_of(&[target.address()], |options| {
-        options.connect_timeout = Duration::from_millis(500);
+        options.connect_timeout = Duration::from_secs(3);
     });
     let text = refused(spec).to_string();
     assert!(text.contains("give a longer connect-timeout"), "{text}");
@@ -370,15 +370,4 @@ fn a_port_that_speaks_something_else_is_told() {
     let text = refused(spec_of(&[address], |_| {})).to_string();
     assert!(text.contains("answers with TLS"), "{text}");
     thread.join().unwrap();
-}
-
-#[test]
-fn a_tls_key_is_never_answered_with_a_plain_connection() {
-    use crate::block::crypt::KeySource;
-    let target = one_port();
-    let error = refused(spec_of(&[target.address()], |options| {
-        options.tls_key = Some(KeySource::File("/nowhere".into()));
-    }));
-    assert_eq!(error.kind(), ErrorKind::Unsupported);
-    assert_eq!(target.port(0).accepted(), 0);
 }
