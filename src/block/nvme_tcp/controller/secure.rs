@@ -11,7 +11,7 @@ use super::setup::Target;
 use super::trouble::{Result, kind_of, later, never};
 use super::wait::Waiter;
 use crate::block::error::{Error, ErrorKind};
-use crate::block::nvme_tcp::auth::{AuthConfig, Authentication, Step};
+use crate::block::nvme_tcp::auth::{AuthConfig, Authentication, Reason, Step};
 use crate::block::nvme_tcp::link::Wire;
 use crate::block::nvme_tcp::secret::{DhChapSecret, TlsSecret};
 use crate::block::nvme_tcp::spec::NvmeOptions;
@@ -177,7 +177,19 @@ impl Security {
                     }
                 }
                 Step::Done(_) => return Ok(()),
-                Step::Failed(error) => return Err(never(ErrorKind::NotAllowed, error)),
+                Step::Failed(error) => {
+                    // A controller that cannot authenticate itself says no more than one that refuses the host.
+                    let advice = match error.by_controller()
+                        && error.reason() == Reason::Failed
+                        && config.controller.is_some()
+                    {
+                        true => {
+                            ", and that the target has a controller's secret for it, as one is given here"
+                        }
+                        false => "",
+                    };
+                    return Err(never(ErrorKind::NotAllowed, format!("{error}{advice}")));
+                }
             }
         }
         Err(later("the authentication does not come to an end"))

@@ -137,7 +137,7 @@ impl Transport {
                 } else if have[0] != PduType::ICResp as u8 {
                     // Whatever it is, the rest of it may never come. TLS alerts begin with 15h.
                     let hint = match have[0] {
-                        0x15 => "the controller answers with TLS; give it a TLS key",
+                        0x15 => "the controller answers with TLS; give its key (tls-key)",
                         _ => "is this the port of an NVMe/TCP controller, without TLS?",
                     };
                     let mut bytes = [0; IC_PDU];
@@ -156,7 +156,14 @@ impl Transport {
                 self.begin += want;
                 return Ok(bytes);
             }
-            if !self.fill()? {
+            let silent = have.is_empty() && matches!(self.wire, Wire::Plain(_));
+            let filled = self.fill().map_err(|trouble| match silent {
+                true => {
+                    trouble.with("one that wants TLS does so; if it does, give its key (tls-key)")
+                }
+                false => trouble,
+            });
+            if !filled? {
                 self.until_readable(deadline, waiter)
                     .map_err(|trouble| trouble.during("waiting for ICResp"))?;
             }

@@ -81,6 +81,17 @@ pub(crate) fn replaced(text: impl Display) -> Trouble {
 }
 
 impl Trouble {
+    /// The same, with what may be the matter behind.
+    pub(crate) fn with(self, hint: impl Display) -> Self {
+        match self {
+            Self::Closed => Self::Closed,
+            Self::Failed(failure) => Self::Failed(Failure {
+                text: format!("{}; {hint}", failure.text),
+                ..failure
+            }),
+        }
+    }
+
     /// The same, with what was being done in front.
     pub(crate) fn during(self, what: impl Display) -> Self {
         match self {

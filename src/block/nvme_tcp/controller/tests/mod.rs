@@ -2,6 +2,8 @@
 
 mod life;
 mod opening;
+mod relay;
+mod security;
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
