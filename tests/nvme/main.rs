@@ -6,6 +6,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod faults;
 mod load;
 #[path = "../differential/model.rs"]
 mod model;

@@ -153,10 +153,8 @@ pub fn disk(setup: &Setup, target: &Target, dir: &TempDir) -> Disk {
         Some(size) => {
             let image = dir.join("disk");
             let (path, size) = (image.to_str().unwrap(), size.to_string());
-            let options = format!("backing_file={uri},backing_fmt=raw");
-            qemu::img_ok([
-                "create", "-q", "-u", "-f", "qcow2", "-o", &options, path, &size,
-            ]);
+            let (from, to) = (["create", "-q", "-u", "-f", "qcow2"], [path, &size]);
+            qemu::img_ok(from.iter().chain(&["-F", "raw", "-b", &uri]).chain(&to));
             Disk::new(&image, "qcow2").args(["--allow-remote", &subsystem])
         }
     };
