@@ -6,6 +6,8 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod cuts;
+mod events;
 mod faults;
 mod load;
 #[path = "../differential/model.rs"]

@@ -118,6 +118,12 @@ impl Rig {
         self.daemon = Daemon::start(&program(), &self.disk, self.dir.path());
     }
 
+    /// The same after the old process was killed, or has ended.
+    pub fn start_again(&mut self) {
+        self.daemon.kill();
+        self.daemon = Daemon::start(&program(), &self.disk, self.dir.path());
+    }
+
     /// Bytes of the namespace, as the target has them.
     pub fn stored(&self, offset: u64, len: usize) -> Vec<u8> {
         let namespace = self.target.subsystem(0).namespace(1).unwrap();
