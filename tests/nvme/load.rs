@@ -69,6 +69,10 @@ impl Load {
         self.shape.max_sectors as u32 * SECTOR as u32
     }
 
+    pub fn in_flight(&self) -> usize {
+        self.pending.len()
+    }
+
     fn what(&self) -> String {
         format!("{}, after {} requests", self.name, self.submitted)
     }

@@ -9,6 +9,7 @@ mod common;
 mod cuts;
 mod events;
 mod faults;
+mod kills;
 mod load;
 #[path = "../differential/model.rs"]
 mod model;
