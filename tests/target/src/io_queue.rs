@@ -91,9 +91,7 @@ impl Connection {
         let result = match sqe.opcode() {
             _ if !offered => Err(Status::INVALID_OPCODE.dnr()),
             op::READ => self.read(&sqe),
-            op::FLUSH => self
-                .reach(sqe.nsid())
-                .and_then(|r| self.allowed(&r, Access::Write)),
+            op::FLUSH => self.flush(&sqe),
             op::WRITE_ZEROES => self.write_zeroes(&sqe),
             op::RESERVATION_REPORT => self.reservation_report(&sqe),
             op::WRITE
@@ -180,6 +178,19 @@ impl Connection {
                 return Err(Status::RESERVATION_CONFLICT.dnr());
             }
         }
+        Ok(Next::Complete)
+    }
+
+    fn flush(&mut self, sqe: &Sqe) -> Result<Next, Status> {
+        let reach = self.reach(sqe.nsid())?;
+        self.allowed(&reach, Access::Write)?;
+        let place = self.execution(sqe).map(|e| {
+            let (slba, blocks) = (0, 0);
+            self.shared
+                .journal
+                .executed(Execution { slba, blocks, ..e })
+        });
+        self.journaled(sqe.cid(), place);
         Ok(Next::Complete)
     }
 

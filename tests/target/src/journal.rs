@@ -20,7 +20,7 @@ pub struct Execution {
     pub cid: u16,
     /// The namespace.
     pub nsid: u32,
-    /// The first logical block.
+    /// The first logical block; 0 for a Flush, which has none.
     pub slba: u64,
     /// Logical blocks.
     pub blocks: u64,
