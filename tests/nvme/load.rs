@@ -15,8 +15,9 @@ use crate::model::{Kind, MAX_SEGMENTS, Model, Pending, SECTOR};
 pub const HANG: Duration = Duration::from_secs(120);
 
 /// NVM command set specification, section 3.
-const READ: u8 = 0x02;
+const FLUSH: u8 = 0x00;
 const WRITE: u8 = 0x01;
+const READ: u8 = 0x02;
 const WRITE_ZEROES: u8 = 0x08;
 const DATASET_MANAGEMENT: u8 = 0x09;
 
@@ -258,7 +259,10 @@ impl Load {
         let mut data: HashMap<u32, Vec<u8>> = HashMap::new();
         let mut seen: HashMap<(u8, u64, u64, u32), usize> = HashMap::new();
         let per = (block / SECTOR) as u64;
-        for e in journal.iter().filter(|e| e.opcode != READ) {
+        for e in journal
+            .iter()
+            .filter(|e| ![FLUSH, READ].contains(&e.opcode))
+        {
             let (first, count) = (e.slba * per, e.blocks * per);
             let range = first as usize..(first + count) as usize;
             let within = |r: &Range<usize>| r.start <= range.start && range.end <= r.end;

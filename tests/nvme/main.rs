@@ -11,7 +11,11 @@ mod events;
 mod faults;
 mod kills;
 mod load;
+mod migration;
 #[path = "../differential/model.rs"]
 mod model;
 mod requests;
 mod rig;
+#[path = "../migration/vm.rs"]
+#[allow(dead_code, reason = "the migration of images has more uses of it")]
+mod vm;
