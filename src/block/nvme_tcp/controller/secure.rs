@@ -1,6 +1,7 @@
 //! What protects a path: the secrets, and authentication of its queues.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::time::Instant;
@@ -9,13 +10,13 @@ use super::channel::{Channel, succeeded};
 use super::dial;
 use super::setup::Target;
 use super::trouble::{Result, kind_of, later, never};
-use super::wait::Waiter;
+use super::wait::{Waiter, Want};
 use crate::block::error::{Error, ErrorKind};
 use crate::block::nvme_tcp::auth::{AuthConfig, Authentication, Reason, Step};
 use crate::block::nvme_tcp::link::Wire;
 use crate::block::nvme_tcp::secret::{DhChapSecret, TlsSecret};
 use crate::block::nvme_tcp::spec::NvmeOptions;
-use crate::block::nvme_tcp::tls::{Derivation, TlsPsk, TlsSession};
+use crate::block::nvme_tcp::tls::{Derivation, Direction, TlsError, TlsPsk, TlsSession};
 use crate::block::nvme_tcp::wire::Sqe;
 
 /// Messages of one authentication, at most: twice as many as the longest one has.
@@ -63,6 +64,35 @@ impl Keys {
     }
 }
 
+/// The handshake of TLS, which waits as everything else of a path does.
+fn shake_hands(
+    stream: &TcpStream,
+    key: &TlsPsk,
+    deadline: Instant,
+    waiter: &mut dyn Waiter,
+) -> Result<std::result::Result<TlsSession, TlsError>> {
+    let mut trouble = None;
+    let mut wait = |direction| {
+        let want = match direction {
+            Direction::Read => Want::Read(stream.as_fd()),
+            Direction::Write => Want::Write(stream.as_fd()),
+        };
+        match waiter.wait(want, deadline) {
+            Ok(false) if Instant::now() >= deadline => Err(TlsError::TimedOut),
+            Ok(_) => Ok(()),
+            Err(other) => {
+                trouble = Some(other);
+                Err(TlsError::Hangup)
+            }
+        }
+    };
+    let session = TlsSession::connect_with(stream, key, &mut wait);
+    match trouble {
+        Some(trouble) => Err(trouble),
+        None => Ok(session),
+    }
+}
+
 impl Security {
     /// Reads the secrets.
     pub(crate) fn load(
@@ -97,8 +127,7 @@ impl Security {
     }
 
     /// Connects to one of `addresses`; with TLS, where there is a key for it. A target that does not take the key
-    /// under one identity is asked with the next, on a new connection. Nothing else goes on during a handshake,
-    /// which the deadline bounds.
+    /// under one identity is asked with the next, on a new connection.
     pub(crate) fn dial(
         &self,
         addresses: &[SocketAddr],
@@ -112,11 +141,8 @@ impl Security {
         let mut refusal = later("there is no TLS key");
         for index in (0..keys.len()).map(|index| (first + index) % keys.len()) {
             let stream = dial::connect(addresses, deadline, waiter)?;
-            let system = |error| later(format!("changing the connection's mode: {error}"));
-            stream.set_nonblocking(false).map_err(system)?;
-            match TlsSession::connect(&stream, &keys[index], deadline) {
+            match shake_hands(&stream, &keys[index], deadline, waiter)? {
                 Ok(session) => {
-                    stream.set_nonblocking(true).map_err(system)?;
                     taken.store(index, Ordering::Relaxed);
                     return Ok(Wire::Tls(stream, Box::new(session)));
                 }

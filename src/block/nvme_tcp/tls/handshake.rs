@@ -1,6 +1,6 @@
 //! The handshake, on a connection that may be waited for.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
@@ -22,16 +22,36 @@ impl TlsSession {
     /// another [`super::Derivation`], on a new connection. [`TlsError::NoTls`], [`TlsError::TimedOut`], and
     /// those of the connection and of OpenSSL.
     pub fn connect(stream: &TcpStream, psk: &TlsPsk, deadline: Instant) -> Result<Self, TlsError> {
-        let context = context(psk)?;
-        let mut ssl = Ssl::new(&context)?;
-        ffi::offer(&mut ssl, psk)?;
         let timeouts = (stream.read_timeout(), stream.write_timeout());
-        let result = handshake(stream, ssl, deadline);
+        let result = Self::connect_with(stream, psk, &mut |direction| {
+            let left = Some(left(deadline)?);
+            let set = match direction {
+                Direction::Read => stream.set_read_timeout(left),
+                Direction::Write => stream.set_write_timeout(left),
+            };
+            set.map_err(TlsError::Io)
+        });
         if let (Ok(read), Ok(write)) = timeouts {
             stream.set_read_timeout(read).map_err(TlsError::Io)?;
             stream.set_write_timeout(write).map_err(TlsError::Io)?;
         }
-        let stream = result?;
+        result
+    }
+
+    /// As [`TlsSession::connect`], on a stream that need not wait: `wait` is called before each read and write, and
+    /// may return before one is possible. What it fails with ends the handshake.
+    ///
+    /// # Errors
+    /// Those of [`TlsSession::connect`], and of `wait`.
+    pub fn connect_with(
+        stream: &TcpStream,
+        psk: &TlsPsk,
+        wait: &mut dyn FnMut(Direction) -> Result<(), TlsError>,
+    ) -> Result<Self, TlsError> {
+        let context = context(psk)?;
+        let mut ssl = Ssl::new(&context)?;
+        ffi::offer(&mut ssl, psk)?;
+        let stream = handshake(stream, ssl, wait)?;
         ffi::forget(stream.ssl());
         // Without the key this would be a session with anybody: no certificate is looked at.
         if !stream.ssl().session_reused() {
@@ -40,6 +60,17 @@ impl TlsSession {
         Ok(Self::new(stream))
     }
 }
+
+/// What is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// Bytes to read.
+    Read,
+    /// Room for bytes that are written.
+    Write,
+}
+
+type Wait<'a> = &'a mut dyn FnMut(Direction) -> Result<(), TlsError>;
 
 /// TLS 1.3 with the one suite that the key has, and with a Diffie-Hellman exchange (psk_dhe_ke is all that
 /// OpenSSL offers unless told otherwise). No certificate is trusted.
@@ -52,23 +83,23 @@ fn context(psk: &TlsPsk) -> Result<SslContext, ErrorStack> {
     Ok(context.build())
 }
 
-fn handshake(stream: &TcpStream, ssl: Ssl, deadline: Instant) -> Result<SslStream<Wire>, TlsError> {
+fn handshake(stream: &TcpStream, ssl: Ssl, wait: Wait<'_>) -> Result<SslStream<Wire>, TlsError> {
     let mut result = ssl.connect(Wire::default());
     loop {
         match result {
             Ok(mut session) => {
-                send(stream, session.get_mut(), deadline)?;
+                send(stream, session.get_mut(), wait)?;
                 return Ok(session);
             }
             Err(HandshakeError::WouldBlock(mut waiting)) => {
-                send(stream, waiting.get_mut(), deadline)?;
-                receive(stream, waiting.get_mut(), deadline)?;
+                send(stream, waiting.get_mut(), wait)?;
+                receive(stream, waiting.get_mut(), wait)?;
                 result = waiting.handshake();
             }
             Err(HandshakeError::Failure(mut failed)) => {
                 let error = refusal(&failed);
                 // The alert, if it can be sent: the target's log says why then.
-                let _ = send(stream, failed.get_mut(), deadline);
+                let _ = send(stream, failed.get_mut(), wait);
                 return Err(error);
             }
             Err(HandshakeError::SetupFailure(error)) => return Err(error.into()),
@@ -118,34 +149,40 @@ pub(super) fn of_io(error: std::io::Error) -> TlsError {
     }
 }
 
-fn send(mut stream: &TcpStream, wire: &mut Wire, deadline: Instant) -> Result<(), TlsError> {
+fn send(mut stream: &TcpStream, wire: &mut Wire, wait: Wait<'_>) -> Result<(), TlsError> {
     while !wire.outgoing().is_empty() {
-        let left = left(deadline)?;
-        stream.set_write_timeout(Some(left)).map_err(TlsError::Io)?;
+        wait(Direction::Write)?;
         match stream.write(wire.outgoing()) {
             Ok(count) => wire.sent(count),
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) if is_for_now(&error) => {}
             Err(error) => return Err(hangup(error)),
         }
     }
     Ok(())
 }
 
-fn receive(mut stream: &TcpStream, wire: &mut Wire, deadline: Instant) -> Result<(), TlsError> {
+fn receive(mut stream: &TcpStream, wire: &mut Wire, wait: Wait<'_>) -> Result<(), TlsError> {
     let mut buffer = [0; RECORD];
     loop {
-        let left = left(deadline)?;
-        stream.set_read_timeout(Some(left)).map_err(TlsError::Io)?;
+        wait(Direction::Read)?;
         match stream.read(&mut buffer) {
             Ok(0) => return Err(TlsError::Hangup),
             Ok(count) => {
                 wire.feed(&buffer[..count]);
                 return Ok(());
             }
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) if is_for_now(&error) => {}
             Err(error) => return Err(hangup(error)),
         }
     }
+}
+
+/// Another wait, which is bounded, and then it is tried again.
+fn is_for_now(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+    )
 }
 
 /// A target that does not take a key may reset the connection.

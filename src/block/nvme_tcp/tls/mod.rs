@@ -20,6 +20,7 @@ mod stream;
 #[cfg(test)]
 pub(super) mod tests;
 
+pub use handshake::Direction;
 pub use psk::{Derivation, TlsPsk};
 pub use session::TlsSession;
 pub use stream::TlsStream;

@@ -512,6 +512,34 @@ fn a_handshake_that_is_not_answered_costs_the_connect_timeout() {
 }
 
 #[test]
+fn nothing_waits_for_a_handshake_that_is_not_answered() {
+    let target = secured(TlsOptions::new(tls_key()), None);
+    let spec = spec_of(&[target.address()], |options| {
+        options.tls_key = given(&tls_key());
+        options.connect_timeout = Duration::from_secs(3600);
+        options.keep_alive = Duration::from_millis(500);
+    });
+    let namespace = open(spec).unwrap();
+    target.port(0).configure(|transport| {
+        transport.tls = Some(TlsOptions {
+            fault: Some(TlsFault::Hang),
+            ..TlsOptions::new(tls_key())
+        });
+    });
+    let before = target.counters().keep_alives();
+    let accepted = target.port(0).accepted();
+    let _worker = Worker::new(&namespace);
+    let deadline = Instant::now() + PATIENCE;
+    // The member's queue does not come up, and the admin queue is kept alive all the same.
+    while target.port(0).accepted() == accepted || target.counters().keep_alives() < before + 5 {
+        assert!(Instant::now() < deadline);
+        thread::yield_now();
+    }
+    assert_eq!(target.counters().associations, 1);
+    close(&namespace, &target);
+}
+
+#[test]
 fn a_path_whose_target_takes_the_key_no_more_is_tried_until_it_does() {
     let target = secured(TlsOptions::new(tls_key()), None);
     let spec = spec_of(&[target.address()], |options| {
