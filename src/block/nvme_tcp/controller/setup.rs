@@ -421,8 +421,18 @@ impl Ready {
     ) -> Result<()> {
         // A controller that tells no time gets the shortest that can be told.
         let allowed = Instant::now() + timeout.max(TO_UNIT);
+        let too_late = || {
+            later(format!(
+                "the controller was not {what} in time; it may take {} ms: give a longer connect-timeout",
+                timeout.as_millis()
+            ))
+        };
         loop {
-            let status = get(&mut self.channel, property::CSTS, false, deadline, waiter)? as u32;
+            let status = match get(&mut self.channel, property::CSTS, false, deadline, waiter) {
+                // It was asked just before, and the answer may be on its way.
+                Err(Trouble::Failed(_)) if Instant::now() >= deadline => return Err(too_late()),
+                status => status? as u32,
+            };
             if status & mask == value {
                 return Ok(());
             }
@@ -439,10 +449,7 @@ impl Ready {
                 )));
             }
             if now + READY_POLL >= deadline {
-                return Err(later(format!(
-                    "the controller was not {what} in time; it may take {} ms: give a longer connect-timeout",
-                    timeout.as_millis()
-                )));
+                return Err(too_late());
             }
             pause(READY_POLL, waiter)?;
         }
