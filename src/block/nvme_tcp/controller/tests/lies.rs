@@ -3,8 +3,8 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nvme_target::{
-    AnaState, FatalErrorStatus, Fault, NamespaceSpec, Notice, On, Rule, RuleId, SubsystemSpec,
-    Target,
+    AnaState, FatalErrorStatus, Fault, NamespaceSpec, Notice, On, PortSpec, Rule, RuleId,
+    SubsystemSpec, Target,
 };
 
 use super::relay::{Side, relay};
@@ -100,6 +100,22 @@ fn what_an_admin_queue_says_is_checked() {
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn data_that_begin_elsewhere_are_not_taken() {
+    let port = PortSpec::loopback().with(|transport| transport.c2h_size = 1024);
+    let target = Target::builder().port(port).start().unwrap();
+    let mut first = true;
+    let address = relay(target.address(), move |side, pdu| {
+        // DATAO of the first C2HData: within the command's data, and not where they begin.
+        if side == Side::Controller && pdu[0] == 7 && first {
+            pdu[12..16].copy_from_slice(&1024u32.to_le_bytes());
+            first = false;
+        }
+    });
+    let text = refused(spec_of(&[address], |_| {})).to_string();
+    assert!(text.contains("at offset 1024, not 0"), "{text}");
 }
 
 #[test]

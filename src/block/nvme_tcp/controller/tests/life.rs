@@ -1,6 +1,8 @@
 //! What happens to a path that works: changes, losses, its end.
 
-use nvme_target::{AnaState, Listening, NamespaceSpec, Notice, SubsystemSpec, Target};
+use nvme_target::{
+    AnaState, Fault, Listening, NamespaceSpec, Notice, On, Rule, SubsystemSpec, Target,
+};
 
 use super::*;
 use crate::block::nvme_tcp::link::{Access, NamespaceState, PathCommand, PathState};
@@ -61,6 +63,15 @@ fn a_queue_that_failed_is_made_again_and_the_others_stay() {
         generation: second.generation - 1,
         why: "the test says so".to_owned(),
     });
+    namespace.paths()[0].send(PathCommand::QueueFailed {
+        member: a.member.number(),
+        generation: again.generation,
+        why: "the test says so".to_owned(),
+    });
+    a.connected(0);
+    let events = b.member.take_events();
+    let anew = |event: &MemberEvent| matches!(event, MemberEvent::Connected(_));
+    assert!(!events.iter().any(anew), "its queue was made anew");
     assert_eq!(target.counters().associations, 1);
     close(&namespace, &target);
 }
@@ -99,7 +110,8 @@ fn a_path_that_stays_away_is_failing_fast_and_then_lost() {
 fn a_path_that_comes_back_is_not_failing_fast_any_more() {
     let target = one_port();
     let spec = spec_of(&[target.address()], |options| {
-        options.fast_io_fail = Some(Duration::from_millis(50));
+        options.fast_io_fail = Some(Duration::from_millis(300));
+        options.keep_alive = Duration::from_millis(500);
         options.ctrl_loss = None;
         options.reconnect_delay = Duration::from_millis(50);
     });
@@ -113,6 +125,37 @@ fn a_path_that_comes_back_is_not_failing_fast_any_more() {
     target.port(0).set_listening(Listening::Serve).unwrap();
     worker.connected(0);
     worker.until(|| path.state() == PathState::Live);
+    // Nor is it once the time is over that it would have had.
+    outlive(&target, 4);
+    assert_eq!(path.state(), PathState::Live);
+    close(&namespace, &target);
+}
+
+/// Waits until so many Keep Alives have come.
+fn outlive(target: &Target, keep_alives: u64) {
+    let enough = target.counters().keep_alives() + keep_alives;
+    let deadline = Instant::now() + PATIENCE;
+    while target.counters().keep_alives() < enough {
+        assert!(Instant::now() < deadline);
+        thread::yield_now();
+    }
+}
+
+#[test]
+fn the_time_that_a_path_is_given_begins_when_it_is_lost() {
+    let target = one_port();
+    let spec = spec_of(&[target.address()], |options| {
+        options.ctrl_loss = Some(Duration::from_secs(2));
+        options.keep_alive = Duration::from_secs(1);
+    });
+    let namespace = open(spec).unwrap();
+    let mut worker = Worker::new(&namespace);
+    worker.connected(0);
+    // More than two seconds.
+    outlive(&target, 6);
+    target.drop_connections();
+    worker.lost(0);
+    worker.connected(0);
     close(&namespace, &target);
 }
 
@@ -212,23 +255,30 @@ fn a_change_of_access_that_takes_too_long_resets_the_controller() {
 fn a_namespace_that_grows_or_shrinks_is_told() {
     let target = one_port();
     let namespace = open(spec(&target)).unwrap();
-    let changed = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+    let changed = vmm_sys_util::eventfd::EventFd::new(libc::EFD_NONBLOCK).unwrap();
     namespace.on_change(changed.try_clone().unwrap());
+    let told = || {
+        let deadline = Instant::now() + PATIENCE;
+        while changed.read().is_err() {
+            assert!(Instant::now() < deadline, "no change was told");
+            thread::yield_now();
+        }
+    };
     let subsystem = target.subsystem(0);
     for mib in [128, 32] {
         subsystem.resize(1, mib << 20, Notice::Send).unwrap();
-        changed.read().unwrap();
+        told();
         assert_eq!(namespace.bytes(), mib << 20);
     }
     subsystem
         .set_write_protected(1, true, Notice::Send)
         .unwrap();
-    changed.read().unwrap();
+    told();
     assert_eq!(namespace.state(), NamespaceState::WriteProtected);
     subsystem
         .set_write_protected(1, false, Notice::Send)
         .unwrap();
-    changed.read().unwrap();
+    told();
     assert_eq!(namespace.state(), NamespaceState::Present);
     close(&namespace, &target);
 }
@@ -324,6 +374,35 @@ fn a_command_is_aborted_on_the_controller() {
         assert!(Instant::now() < deadline);
         thread::yield_now();
     }
+    close(&namespace, &target);
+}
+
+#[test]
+fn no_more_aborts_are_sent_than_the_controller_takes() {
+    let target = one_port();
+    let limit = u64::from(target.subsystem(0).options().acl) + 1;
+    let spec = spec_of(&[target.address()], |options| {
+        options.keep_alive = Duration::from_millis(500);
+    });
+    let namespace = open(spec).unwrap();
+    let queue = Worker::new(&namespace).connected(0);
+    let held = target.faults().add(Rule::always(
+        On::Abort,
+        Fault::NoAnswer {
+            execute: false,
+            abortable: false,
+        },
+    ));
+    for cid in 0..10 {
+        namespace.paths()[0].send(PathCommand::Abort {
+            generation: queue.generation,
+            qid: queue.qid,
+            cid,
+        });
+    }
+    // Keep Alives go the same way, behind whatever was sent.
+    outlive(&target, 3);
+    assert_eq!(target.faults().seen(held), limit);
     close(&namespace, &target);
 }
 
