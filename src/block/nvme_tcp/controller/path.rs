@@ -145,7 +145,13 @@ impl Path {
             &mut self.mailbox,
         )?;
         self.take_commands();
-        association.connect_members(&mut self.mailbox, &mut self.members)?;
+        if let Err(trouble) = association.connect_members(&mut self.mailbox, &mut self.members) {
+            // Those that got a queue before one failed have to know that it ends, or they were never given another.
+            self.members.lost(self.generation);
+            drop(association);
+            self.common.tell_all();
+            return Err(trouble);
+        }
         self.mailbox.fail_fast_at(None);
         association.begin(&self.members);
         Ok(association)

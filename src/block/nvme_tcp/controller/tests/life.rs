@@ -430,3 +430,23 @@ fn a_path_can_be_closed_at_any_time() {
     worker.until(|| namespace.paths()[0].state() == PathState::Connecting);
     close(&namespace, &target);
 }
+
+#[test]
+fn a_member_whose_neighbour_got_no_queue_at_a_reconnect_gets_one_at_the_next() {
+    let target = one_port();
+    let spec = spec_of(&[target.address()], |options| {
+        options.reconnect_delay = Duration::from_millis(50);
+    });
+    let namespace = open(spec).unwrap();
+    let (mut a, mut b) = (Worker::new(&namespace), Worker::new(&namespace));
+    let (first, _second) = (a.connected(0), b.connected(0));
+    let faults = target.faults();
+    let dropped = faults.add(Rule::once(On::Connect, Fault::DropBefore).queue(2));
+    target.drop_connections();
+    // The first attempt fails when the first of them has a queue already.
+    let again = b.connected(0);
+    assert_eq!(faults.fired(dropped), 1);
+    assert_eq!(again.generation, first.generation + 2);
+    while a.connected(0).generation < again.generation {}
+    close(&namespace, &target);
+}
