@@ -218,6 +218,10 @@ impl Association {
         self.send_aborts()?;
         self.heart.beat(&mut self.ready.channel)?;
         self.ana_timer(mailbox)?;
+        // What came together with the end of another command is in memory already: the connection is not readable
+        // for it.
+        self.ready.channel.pump()?;
+        self.heart.listen(&mut self.ready.channel)?;
         if mailbox.is_empty() && !self.ready.channel.has_ended() {
             let times = [self.heart.due(), self.ana.as_ref().and_then(Ana::deadline)];
             let until = times.into_iter().flatten().min();

@@ -7,6 +7,9 @@ use nvme_target::{
 use super::*;
 use crate::block::nvme_tcp::link::{Access, NamespaceState, PathCommand, PathState};
 
+/// Opcode of Get Log Page.
+const GET_LOG_PAGE: u8 = 0x02;
+
 fn granting(queues: u16) -> Target {
     let subsystem = SubsystemSpec::new(nvme_target::DEFAULT_NQN)
         .namespace(NamespaceSpec::new(1, 1 << 20))
@@ -448,5 +451,28 @@ fn a_member_whose_neighbour_got_no_queue_at_a_reconnect_gets_one_at_the_next() {
     assert_eq!(faults.fired(dropped), 1);
     assert_eq!(again.generation, first.generation + 2);
     while a.connected(0).generation < again.generation {}
+    close(&namespace, &target);
+}
+
+#[test]
+fn an_event_that_comes_behind_an_answer_is_seen_at_once() {
+    let target = one_port();
+    // No keep-alive wakes the path up.
+    let spec = spec_of(&[target.address()], |options| {
+        options.keep_alive = Duration::ZERO;
+    });
+    let namespace = open(spec).unwrap();
+    let queue = Worker::new(&namespace).connected(0);
+    let faults = target.faults();
+    // The answer leaves together with the event that happened meanwhile.
+    let stall = Fault::Stall(Duration::from_millis(200));
+    let stalled = faults.add(Rule::once(On::AdminOpcode(GET_LOG_PAGE), stall));
+    namespace.paths()[0].send(PathCommand::LookAtAccess {
+        generation: queue.generation,
+    });
+    eventually(|| faults.fired(stalled) == 1);
+    let subsystem = target.subsystem(0);
+    subsystem.resize(1, 128 << 20, Notice::Send).unwrap();
+    eventually(|| namespace.bytes() == 128 << 20);
     close(&namespace, &target);
 }

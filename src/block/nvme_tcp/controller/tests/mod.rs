@@ -156,6 +156,15 @@ impl Worker {
     }
 }
 
+/// Waits until something is so that nobody tells of.
+fn eventually(is: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is() {
+        assert!(Instant::now() < deadline, "it does not happen");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// Closes a namespace, and checks that all was according to the specifications.
 fn close(namespace: &Namespace, target: &Target) {
     assert!(namespace.close_and_wait(PATIENCE), "a path did not end");
