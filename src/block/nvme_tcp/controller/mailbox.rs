@@ -138,6 +138,11 @@ impl Heart {
             return Ok(());
         }
         if self.waiting_since.is_some() {
+            // The answer may have come while this thread, and not the controller, took its time.
+            channel.pump()?;
+            self.listen(channel)?;
+        }
+        if self.waiting_since.is_some() {
             return Err(later(format!(
                 "no answer to a Keep Alive within {} ms",
                 self.kato.as_millis()

@@ -5,6 +5,9 @@ use nvme_target::{
 };
 
 use super::*;
+use crate::block::nvme_tcp::controller::mailbox::Heart;
+use crate::block::nvme_tcp::controller::setup;
+use crate::block::nvme_tcp::controller::wait::{Patience, Waiter, Want};
 use crate::block::nvme_tcp::link::{Access, NamespaceState, PathCommand, PathState};
 
 /// Opcode of Get Log Page.
@@ -475,4 +478,31 @@ fn an_event_that_comes_behind_an_answer_is_seen_at_once() {
     subsystem.resize(1, 128 << 20, Notice::Send).unwrap();
     eventually(|| namespace.bytes() == 128 << 20);
     close(&namespace, &target);
+}
+
+#[test]
+fn a_keep_alive_that_was_answered_while_nobody_looked_is_no_failure() {
+    let target = one_port();
+    let kato = Duration::from_millis(100);
+    let options = Arc::new(NvmeOptions {
+        keep_alive: kato,
+        ..options()
+    });
+    let it = setup::Target::new(nvme_target::DEFAULT_NQN.to_owned(), options).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    // The target's own timer is longer: only this side's is looked at.
+    let mut ready = it
+        .admin(&[target.address()], PATIENCE, deadline, &mut Patience)
+        .unwrap();
+    let mut heart = Heart::new(kato);
+    heart.beat(&mut ready.channel).unwrap();
+    let due = heart.due().unwrap();
+    assert!(
+        Patience
+            .wait(Want::Read(ready.channel.fd()), deadline)
+            .unwrap()
+    );
+    thread::sleep(due.saturating_duration_since(Instant::now()));
+    heart.beat(&mut ready.channel).unwrap();
+    assert_eq!(target.violations(), Vec::<String>::new());
 }
