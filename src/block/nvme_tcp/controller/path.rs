@@ -84,6 +84,9 @@ impl Path {
         let mut backoff = Backoff::new(options.reconnect_delay);
         let mut since = Instant::now();
         let mut given_up = options.ctrl_loss.map(|time| since + time);
+        // A path that never was connected does not make requests wait for longer than one that was lost.
+        self.mailbox
+            .fail_fast_at(options.fast_io_fail.map(|time| since + time));
         loop {
             let delay = backoff.delay();
             self.wait_meanwhile(delay)?;

@@ -8,7 +8,7 @@ use super::*;
 use crate::block::nvme_tcp::controller::mailbox::Heart;
 use crate::block::nvme_tcp::controller::setup;
 use crate::block::nvme_tcp::controller::wait::{Patience, Waiter, Want};
-use crate::block::nvme_tcp::link::{Access, NamespaceState, PathCommand, PathState};
+use crate::block::nvme_tcp::link::{Access, NamespaceState, PathCommand, PathState, SharedPath};
 
 /// Opcode of Get Log Page.
 const GET_LOG_PAGE: u8 = 0x02;
@@ -505,4 +505,24 @@ fn a_keep_alive_that_was_answered_while_nobody_looked_is_no_failure() {
     thread::sleep(due.saturating_duration_since(Instant::now()));
     heart.beat(&mut ready.channel).unwrap();
     assert_eq!(target.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn a_path_that_never_was_connected_is_failing_fast_as_well() {
+    let target = two_ports();
+    target.port(1).set_listening(Listening::Refuse).unwrap();
+    let addresses = [target.port(0).address(), target.port(1).address()];
+    let spec = spec_of(&addresses, |options| {
+        options.fast_io_fail = Some(Duration::from_millis(100));
+        options.ctrl_loss = None;
+        options.reconnect_delay = Duration::from_millis(50);
+    });
+    let namespace = open(spec).unwrap();
+    let mut worker = Worker::new(&namespace);
+    worker.connected(0);
+    target.port(0).set_listening(Listening::Refuse).unwrap();
+    target.drop_connections();
+    let failing = |path: &Arc<SharedPath>| path.state() == PathState::FailingFast;
+    worker.until(|| namespace.paths().iter().all(failing));
+    close(&namespace, &target);
 }
