@@ -206,6 +206,7 @@ pub struct SharedPath {
 #[derive(Debug)]
 pub struct Member {
     number: u64,
+    passing: bool,
     events: Mutex<VecDeque<MemberEvent>>,
     waiting: AtomicBool,
     waker: Mutex<Option<Waker>>,
@@ -338,6 +339,11 @@ impl Member {
         self.number
     }
 
+    /// True if it is one of [`Namespace::join_in_passing`].
+    pub fn is_passing(&self) -> bool {
+        self.passing
+    }
+
     /// Leaves an event, and wakes the task that waits for it.
     pub fn send(&self, event: MemberEvent) {
         let mut events = lock(&self.events);
@@ -452,7 +458,18 @@ impl Namespace {
 
     /// Makes the calling thread a member: every path is asked for a queue.
     pub fn join(&self) -> Arc<Member> {
+        self.add(false)
+    }
+
+    /// As [`Namespace::join`], for a thread that leaves again soon: while it flushes or reads a header. Each path
+    /// keeps a queue for those, which no other member gets.
+    pub fn join_in_passing(&self) -> Arc<Member> {
+        self.add(true)
+    }
+
+    fn add(&self, passing: bool) -> Arc<Member> {
         let member = Arc::new(Member {
+            passing,
             number: self.next_member.fetch_add(1, Ordering::Relaxed),
             events: Mutex::new(VecDeque::new()),
             waiting: AtomicBool::new(false),

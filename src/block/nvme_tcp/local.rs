@@ -119,7 +119,11 @@ impl Local {
         let local = Rc::new(Self {
             io: io.for_service(),
             shared: shared.clone(),
-            member: namespace.join(),
+            // The control thread's memberships last as long as one operation (see `IoConfig::worker`).
+            member: match io.worker() {
+                0 => namespace.join_in_passing(),
+                _ => namespace.join(),
+            },
             paths: RefCell::new(paths.collect()),
             table: RefCell::new(Table::new()),
             policy: options.policy,

@@ -122,12 +122,17 @@ impl Association {
         members: &mut Members,
     ) -> Result<()> {
         while let Some(number) = members.without_queue() {
-            let Some(qid) = self.free.pop_front() else {
+            let granted = self.ground.granted;
+            let free = match members.may_have_one(number, granted) {
+                true => self.free.pop_front(),
+                false => None,
+            };
+            let Some(qid) = free else {
                 members.refuse(
                     number,
                     &format!(
-                        "the controller grants only {} I/O queues; use fewer workers, or let the target grant more",
-                        self.ground.granted
+                        "the controller grants only {granted} I/O queues, one more than workers are needed; use fewer \
+                         workers, or let the target grant more"
                     ),
                 );
                 continue;

@@ -96,6 +96,16 @@ impl Members {
         seat.map(|seat| seat.member.number())
     }
 
+    /// True if a member may have one of `granted` queues, as far as the others go: one is kept for those that stay
+    /// for one operation only, or a disk whose workers have them all could not be flushed and stopped.
+    pub(crate) fn may_have_one(&self, number: u64, granted: u16) -> bool {
+        let passing = |seat: &Seat| seat.member.is_passing();
+        let is_it = |seat: &Seat| seat.member.number() == number;
+        let lasting = self.all.iter().filter(|seat| !passing(seat));
+        let taken = lasting.filter(|seat| seat.queue.is_some()).count();
+        self.all.iter().any(|seat| is_it(seat) && passing(seat)) || taken + 1 < usize::from(granted)
+    }
+
     /// How many have a queue.
     pub(crate) fn with_queue(&self) -> usize {
         self.all.iter().filter(|seat| seat.queue.is_some()).count()

@@ -20,6 +20,8 @@ use crate::block::nvme_tcp::wire::{Cqe, Sqe, Status};
 
 /// Entries of the admin submission queue (Base section 6.3: at least 32).
 const ADMIN_ENTRIES: u32 = 32;
+/// I/O queues without which a disk is not served: a worker's, and that of operations beside the workers.
+const MIN_GRANTED: u16 = 2;
 /// How often a controller that is not ready yet is asked.
 const READY_POLL: Duration = Duration::from_millis(20);
 /// CAP.TO and CRTO are in this unit.
@@ -522,6 +524,15 @@ impl Ready {
     ) -> Result<Ground> {
         self.check(target)?;
         let granted = self.queues(queues, deadline, waiter)?;
+        if granted < MIN_GRANTED {
+            return Err(never(
+                ErrorKind::Unsupported,
+                format!(
+                    "the controller grants only {granted} I/O queue; one for each worker is needed, and one more: let \
+                     the target grant more"
+                ),
+            ));
+        }
         self.events(deadline, waiter)?;
         let retry_delays = self.retry_delays(deadline, waiter)?;
         let mut reader = Reader {

@@ -22,17 +22,29 @@ fn granting(queues: u16) -> Target {
 
 #[test]
 fn who_finds_no_queue_left_gets_the_next_that_is_free() {
-    let target = granting(2);
+    let target = granting(3);
     let namespace = open(spec(&target)).unwrap();
     let (mut a, mut b) = (Worker::new(&namespace), Worker::new(&namespace));
     let (first, _second) = (a.connected(0), b.connected(0));
     let mut c = Worker::new(&namespace);
     let why = c.refused();
-    assert!(why.contains("grants only 2 I/O queues"), "{why}");
+    assert!(why.contains("grants only 3 I/O queues"), "{why}");
+    // The last one is for who leaves again soon, whatever workers there are.
+    let mut passing = Worker::of(namespace.join_in_passing());
+    assert_eq!(passing.connected(0).qid, 3);
+    namespace.leave(&passing.member);
+    c.refused();
     drop(first);
     namespace.leave(&a.member);
-    assert_eq!(c.connected(0).qid, 1);
+    assert_eq!(c.connected(0).qid, 3);
     close(&namespace, &target);
+}
+
+#[test]
+fn a_controller_with_one_queue_is_refused() {
+    let target = granting(1);
+    let error = refused(spec(&target)).to_string();
+    assert!(error.contains("grants only 1 I/O queue;"), "{error}");
 }
 
 #[test]

@@ -83,7 +83,10 @@ struct Worker {
 
 impl Worker {
     fn new(namespace: &Namespace) -> Self {
-        let member = namespace.join();
+        Self::of(namespace.join())
+    }
+
+    fn of(member: Arc<Member>) -> Self {
         member.set_waker(&Waker::from(Arc::new(Unpark(thread::current()))));
         Self {
             member,
