@@ -22,6 +22,11 @@ const GONE_GRACE: Duration = Duration::from_secs(10);
 /// A failure that is told already is told again after this time.
 const TELL_AGAIN: Duration = Duration::from_secs(30);
 
+/// When a time is over that began at `since`. One that the clock cannot tell is never over.
+fn after(since: Instant, time: Option<Duration>) -> Option<Instant> {
+    time.and_then(|time| since.checked_add(time))
+}
+
 /// One path's thread.
 pub(crate) struct Path {
     index: usize,
@@ -83,10 +88,14 @@ impl Path {
         let options = self.common.spec.options.clone();
         let mut backoff = Backoff::new(options.reconnect_delay);
         let mut since = Instant::now();
-        let mut given_up = options.ctrl_loss.map(|time| since + time);
+        // To begin with, a path may take as long as any connecting may.
+        let at_first = options
+            .ctrl_loss
+            .map(|time| time.max(options.connect_timeout));
+        let mut given_up = after(since, at_first);
         // A path that never was connected does not make requests wait for longer than one that was lost.
         self.mailbox
-            .fail_fast_at(options.fast_io_fail.map(|time| since + time));
+            .fail_fast_at(after(since, options.fast_io_fail));
         loop {
             let delay = backoff.delay();
             self.wait_meanwhile(delay)?;
@@ -101,9 +110,9 @@ impl Path {
                     let failure = self.lost(association, end)?;
                     backoff.lived(up.elapsed());
                     since = Instant::now();
-                    given_up = options.ctrl_loss.map(|time| since + time);
+                    given_up = after(since, options.ctrl_loss);
                     self.mailbox
-                        .fail_fast_at(options.fast_io_fail.map(|time| since + time));
+                        .fail_fast_at(after(since, options.fast_io_fail));
                     match failure.again {
                         // The target has said so, and not while it was starting.
                         Again::Gone | Again::Replaced => return self.give_up(End::Gone, &failure),

@@ -538,3 +538,24 @@ fn a_path_that_never_was_connected_is_failing_fast_as_well() {
     worker.until(|| namespace.paths().iter().all(failing));
     close(&namespace, &target);
 }
+
+#[test]
+fn times_to_give_up_of_nothing_and_of_ages_let_a_path_connect() {
+    for (fast, loss) in [(0, 0), (u64::MAX, u64::MAX)] {
+        let target = one_port();
+        let spec = spec_of(&[target.address()], |options| {
+            options.fast_io_fail = Some(Duration::from_secs(fast));
+            options.ctrl_loss = Some(Duration::from_secs(loss));
+            options.reconnect_delay = Duration::from_millis(50);
+        });
+        let namespace = open(spec).unwrap();
+        let mut worker = Worker::new(&namespace);
+        worker.connected(0);
+        target.drop_connections();
+        match loss {
+            0 => assert!(worker.refused().contains("given up")),
+            _ => drop(worker.connected(0)),
+        }
+        close(&namespace, &target);
+    }
+}
