@@ -485,7 +485,7 @@ impl Association {
     /// Tells the others what the namespace is like.
     fn apply_facts(&self) {
         let facts = &self.ground.facts;
-        let (before, now) = (self.namespace.bytes(), facts.bytes);
+        let (before, now) = self.common.sized(self.path, facts.bytes);
         if now > before {
             log::info!(
                 "{}: namespace {} has grown from {before} to {now} bytes",
@@ -499,7 +499,15 @@ impl Association {
                 facts.nsid
             );
         }
-        self.namespace.set_bytes(now);
+        if facts.bytes < now {
+            log::warn!(
+                "{}: namespace {} has {} bytes here and {now} on another path; requests beyond the smaller size fail \
+                 on this one; look at the target",
+                self.label,
+                facts.nsid,
+                facts.bytes
+            );
+        }
         match (facts.write_protected, self.namespace.state()) {
             (true, NamespaceState::Present) => {
                 log::warn!(

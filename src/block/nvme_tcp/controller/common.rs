@@ -30,6 +30,8 @@ struct Opening {
     /// Why each path does not work, if it does not.
     failures: Box<[Option<Failure>]>,
     ends: Box<[End]>,
+    /// What each path that is connected says of the namespace's size, bytes; 0 of those that are not.
+    sizes: Box<[u64]>,
 }
 
 #[derive(Debug)]
@@ -61,6 +63,7 @@ impl Common {
                 given_up: false,
                 failures: vec![None; paths].into(),
                 ends: vec![End::Open; paths].into(),
+                sizes: vec![0; paths].into(),
             }),
             shared,
             progress: Condvar::new(),
@@ -126,6 +129,25 @@ impl Common {
         });
         self.progress.notify_all();
         Ok(namespace)
+    }
+
+    /// A path says how large the namespace is. Paths may differ for a while: one that was not told yet of a growth,
+    /// or is on a gateway that was not, takes nothing away from what another one serves. The sizes before and now.
+    pub(crate) fn sized(&self, path: usize, bytes: u64) -> (u64, u64) {
+        let mut opening = self.lock();
+        opening.sizes[path] = bytes;
+        let now = opening.sizes.iter().copied().max().unwrap_or(bytes);
+        let before = opening.found.as_ref().map_or(now, |found| {
+            let before = found.namespace.bytes();
+            found.namespace.set_bytes(now);
+            before
+        });
+        (before, now)
+    }
+
+    /// A path is not connected any more. What it said of the size counts until another one says something.
+    pub(crate) fn unsized_by(&self, path: usize) {
+        self.lock().sizes[path] = 0;
     }
 
     /// A path does not work.

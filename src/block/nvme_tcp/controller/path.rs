@@ -159,6 +159,7 @@ impl Path {
         self.take_commands();
         if let Err(trouble) = association.connect_members(&mut self.mailbox, &mut self.members) {
             // Those that got a queue before one failed have to know that it ends, or they were never given another.
+            self.common.unsized_by(self.index);
             self.members.lost(self.generation);
             drop(association);
             self.common.tell_all();
@@ -179,6 +180,7 @@ impl Path {
                 Err(Trouble::Closed)
             }
             Trouble::Failed(failure) => {
+                self.common.unsized_by(self.index);
                 self.shared.set_state(PathState::Connecting);
                 self.members.lost(self.generation);
                 drop(association);

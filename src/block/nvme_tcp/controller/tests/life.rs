@@ -559,3 +559,28 @@ fn times_to_give_up_of_nothing_and_of_ages_let_a_path_connect() {
         close(&namespace, &target);
     }
 }
+
+#[test]
+fn a_path_that_knows_a_smaller_size_takes_nothing_from_another() {
+    let target = two_ports();
+    let namespace = open(spec(&target)).unwrap();
+    let mut worker = Worker::new(&namespace);
+    worker.both();
+    let subsystem = target.subsystem(0);
+    let full = namespace.bytes();
+    subsystem.resize(1, full / 2, Notice::Silent).unwrap();
+    for (port, bytes) in [(0, full), (1, full / 2)] {
+        target.drop_connections_of(port);
+        worker.lost(port);
+        worker.connected(port);
+        worker.until(|| namespace.paths()[port].state() == PathState::Live);
+        assert_eq!(namespace.bytes(), bytes);
+    }
+    // What is more is served by whoever has it.
+    subsystem.resize(1, full * 2, Notice::Silent).unwrap();
+    target.drop_connections_of(1);
+    worker.lost(1);
+    worker.connected(1);
+    assert_eq!(namespace.bytes(), full * 2);
+    close(&namespace, &target);
+}
