@@ -303,6 +303,8 @@ impl Association {
         };
         let qid = held.qid;
         drop(held);
+        // They are about commands that end with the connection; what follows may have their identifiers.
+        self.aborts.retain(|(of, _)| *of != qid);
         log::warn!(
             "{}: I/O queue {qid} failed: {why}; connecting it again",
             self.label

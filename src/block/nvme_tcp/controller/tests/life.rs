@@ -584,3 +584,34 @@ fn a_path_that_knows_a_smaller_size_takes_nothing_from_another() {
     assert_eq!(namespace.bytes(), full * 2);
     close(&namespace, &target);
 }
+
+#[test]
+fn aborts_that_wait_do_not_outlive_the_queue() {
+    let target = one_port();
+    let namespace = open(spec(&target)).unwrap();
+    let mut worker = Worker::new(&namespace);
+    let queue = worker.connected(0);
+    let (generation, qid) = (queue.generation, queue.qid);
+    let faults = target.faults();
+    let late = Fault::Delay(Duration::from_millis(200));
+    let busy = faults.add(Rule::once(On::AdminOpcode(GET_LOG_PAGE), late));
+    let path = &namespace.paths()[0];
+    path.send(PathCommand::LookAtAccess { generation });
+    eventually(|| faults.seen(busy) == 1);
+    // The path takes all of these together, once it has its answer.
+    for cid in 0..10 {
+        path.send(PathCommand::Abort {
+            generation,
+            qid,
+            cid,
+        });
+    }
+    path.send(PathCommand::QueueFailed {
+        member: worker.member.number(),
+        generation,
+        why: "the test says so".to_owned(),
+    });
+    assert_eq!(worker.connected(0).qid, qid);
+    close(&namespace, &target);
+    assert_eq!(target.counters().aborts, 0);
+}
