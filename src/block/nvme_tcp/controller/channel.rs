@@ -169,6 +169,10 @@ impl Channel {
                 }
                 return Ok((end, data));
             }
+            // A controller that never stops to send is not waited for, and the waiter would not see the deadline.
+            if Instant::now() >= deadline {
+                return Err(later("no answer in time"));
+            }
         }
     }
 
@@ -273,6 +277,11 @@ impl Channel {
         };
         if current.last || current.want == 0 {
             let why = "more data than the command brings";
+            return Err(Violation::Sequence { pdu, cid, why });
+        }
+        // It would be no progress: a controller could go on with those for ever.
+        if header.datal == 0 {
+            let why = "no data in it";
             return Err(Violation::Sequence { pdu, cid, why });
         }
         if received.data.len() != header.datal as usize {

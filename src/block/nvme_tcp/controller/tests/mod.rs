@@ -1,5 +1,6 @@
 //! Scenarios against the tests' own target.
 
+mod flood;
 mod lies;
 mod life;
 mod opening;
