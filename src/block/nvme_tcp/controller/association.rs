@@ -14,6 +14,7 @@ use super::members::{Held, Members};
 use super::setup::{
     CC_SHN, CC_SHN_NORMAL, CSTS_CFS, CSTS_SHST, CSTS_SHST_COMPLETE, Ground, Ready, get, pause, set,
 };
+use super::talk::Talk;
 use super::trouble::{Failure, Result, Trouble, gone, later, replaced};
 use super::wait::Patience;
 use crate::block::nvme_tcp::link::{
@@ -50,6 +51,7 @@ pub(crate) struct Association {
     free: VecDeque<u16>,
     aborts: VecDeque<(u16, u16)>,
     events: usize,
+    talk: Talk,
 }
 
 impl Association {
@@ -79,6 +81,7 @@ impl Association {
             free: (1..=ground.granted).collect(),
             aborts: VecDeque::new(),
             events: (usize::from(ready.controller.aerl) + 1).min(MAX_EVENTS),
+            talk: Talk::new(),
             ready,
             ground,
             common,
@@ -417,11 +420,13 @@ impl Association {
                 event: kind,
                 information,
             } => {
-                log::warn!(
-                    "{}: the controller tells an event: {}; look at the target",
-                    self.label,
-                    event_text(kind, information)
-                );
+                if self.talk.may_say_more(&self.label) {
+                    log::warn!(
+                        "{}: the controller tells an event: {}; look at the target",
+                        self.label,
+                        event_text(kind, information)
+                    );
+                }
                 // 0 and 1 are errors and health, whose log pages have 64 and 512 bytes.
                 match event.log_page {
                     0 => Ok(()),
@@ -485,47 +490,41 @@ impl Association {
     }
 
     /// Tells the others what the namespace is like.
-    fn apply_facts(&self) {
+    fn apply_facts(&mut self) {
         let facts = &self.ground.facts;
-        let (before, now) = self.common.sized(self.path, facts.bytes);
+        let (here, nsid) = (facts.bytes, facts.nsid);
+        let (before, now) = self.common.sized(self.path, here);
+        let state = self.namespace.state();
+        let next = match (facts.write_protected, state) {
+            (true, NamespaceState::Present) => NamespaceState::WriteProtected,
+            (false, NamespaceState::WriteProtected) => NamespaceState::Present,
+            _ => state,
+        };
+        self.namespace.set_state(next);
+        let changed = (now, next) != (before, state) || here < now;
+        if !changed || !self.talk.may_say_more(&self.label) {
+            return;
+        }
+        let label = &self.label;
         if now > before {
-            log::info!(
-                "{}: namespace {} has grown from {before} to {now} bytes",
-                self.label,
-                facts.nsid
-            );
+            log::info!("{label}: namespace {nsid} has grown from {before} to {now} bytes");
         } else if now < before {
             log::warn!(
-                "{}: namespace {} has shrunk from {before} to {now} bytes; requests beyond that fail",
-                self.label,
-                facts.nsid
+                "{label}: namespace {nsid} has shrunk from {before} to {now} bytes; requests beyond that fail"
             );
         }
-        if facts.bytes < now {
+        if here < now {
             log::warn!(
-                "{}: namespace {} has {} bytes here and {now} on another path; requests beyond the smaller size fail \
-                 on this one; look at the target",
-                self.label,
-                facts.nsid,
-                facts.bytes
+                "{label}: namespace {nsid} has {here} bytes here and {now} on another path; requests beyond the \
+                 smaller size fail on this one; look at the target"
             );
         }
-        match (facts.write_protected, self.namespace.state()) {
-            (true, NamespaceState::Present) => {
-                log::warn!(
-                    "{}: namespace {} is write protected now",
-                    self.label,
-                    facts.nsid
-                );
-                self.namespace.set_state(NamespaceState::WriteProtected);
+        match (state, next) {
+            (NamespaceState::Present, NamespaceState::WriteProtected) => {
+                log::warn!("{label}: namespace {nsid} is write protected now");
             }
-            (false, NamespaceState::WriteProtected) => {
-                log::info!(
-                    "{}: namespace {} can be written again",
-                    self.label,
-                    facts.nsid
-                );
-                self.namespace.set_state(NamespaceState::Present);
+            (NamespaceState::WriteProtected, NamespaceState::Present) => {
+                log::info!("{label}: namespace {nsid} can be written again");
             }
             _ => {}
         }
@@ -540,7 +539,7 @@ impl Association {
         };
         let facts = &self.ground.facts;
         let access = ana.read(&mut self.ready.channel, facts, deadline, mailbox)?;
-        if shared.access() != access {
+        if shared.access() != access && self.talk.may_say_more(&self.label) {
             log::info!(
                 "{}: access to namespace {} is {access:?}",
                 self.label,

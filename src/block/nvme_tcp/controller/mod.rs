@@ -8,6 +8,7 @@
 //! | `facts`, `ana` | what the controller and the namespace are |
 //! | `members`, `mailbox` | who has queues; commands to the path |
 //! | `channel`, `transport`, `secure`, `dial`, `wait` | commands, PDUs, secrets, TCP, poll(2) |
+//! | `talk` | how much of what a controller tells is logged |
 //! | `common` | what all paths of a namespace share |
 //!
 //! A path's thread is the only one that uses its connections and its [`link::SharedPath`]'s mailbox. Everything it
@@ -26,6 +27,7 @@ mod members;
 mod path;
 mod secure;
 pub(super) mod setup;
+mod talk;
 pub(super) mod transport;
 pub(super) mod trouble;
 pub(super) mod wait;
