@@ -3,7 +3,7 @@
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use super::channel::{Channel, succeeded};
@@ -30,6 +30,8 @@ static TRANSACTION: AtomicU16 = AtomicU16::new(1);
 pub(crate) struct Security {
     authentication: Option<AuthConfig>,
     tls: Option<Keys>,
+    /// It was told that the host's secret is not asked for.
+    told_unused: AtomicBool,
 }
 
 /// A pre-shared key, under each identity that a target may know it by.
@@ -123,6 +125,7 @@ impl Security {
         Ok(Self {
             authentication,
             tls,
+            told_unused: AtomicBool::new(false),
         })
     }
 
@@ -227,6 +230,15 @@ impl Security {
             .authentication
             .as_ref()
             .is_some_and(|config| config.controller.is_some());
+        if self.authentication.is_some()
+            && !proof
+            && !self.told_unused.swap(true, Ordering::Relaxed)
+        {
+            log::warn!(
+                "a target does not ask for authentication, and a secret for it is given: it lets in any host that \
+                 tells an allowed NQN; switch authentication on there, or leave dhchap-secret out"
+            );
+        }
         if proof {
             return Err(never(
                 ErrorKind::NotAllowed,
