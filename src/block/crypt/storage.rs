@@ -123,7 +123,12 @@ impl CryptStorage {
 
     /// Bytes of a transfer that lie before the end. The rest reads as zeros: nobody encrypted it.
     fn inside(&self, offset: u64, len: usize) -> usize {
-        let left = self.len().saturating_sub(offset) / SECTOR as u64 * SECTOR as u64;
+        let end = match &*self.below {
+            // What it has lost by shrinking is no zeros: it says so itself.
+            Storage::Nvme(namespace) => namespace.largest_len().saturating_sub(self.payload),
+            _ => self.len(),
+        };
+        let left = end.saturating_sub(offset) / SECTOR as u64 * SECTOR as u64;
         left.min(len as u64) as usize
     }
 

@@ -219,6 +219,7 @@ pub struct Namespace {
     name: PathBuf,
     geometry: Geometry,
     bytes: AtomicU64,
+    largest: AtomicU64,
     state: AtomicU8,
     paths: Box<[Arc<SharedPath>]>,
     members: Mutex<Vec<Weak<Member>>>,
@@ -385,6 +386,7 @@ impl Namespace {
             name,
             geometry,
             bytes: AtomicU64::new(bytes),
+            largest: AtomicU64::new(bytes),
             state: AtomicU8::new(NamespaceState::Present as u8),
             paths,
             members: Mutex::new(Vec::new()),
@@ -413,6 +415,12 @@ impl Namespace {
         self.bytes.load(Ordering::Acquire)
     }
 
+    /// Largest size since it was connected, bytes. What lies between [`Namespace::bytes`] and here has been lost, and
+    /// does not read as zeros, as what never was there does. To be asked for after the size.
+    pub fn largest_bytes(&self) -> u64 {
+        self.largest.load(Ordering::Acquire)
+    }
+
     /// Whether it serves.
     #[inline]
     pub fn state(&self) -> NamespaceState {
@@ -436,6 +444,8 @@ impl Namespace {
 
     /// A path has found another size, bytes.
     pub fn set_bytes(&self, bytes: u64) {
+        // Before the size: whoever knows that one finds this one.
+        self.largest.fetch_max(bytes, Ordering::AcqRel);
         if self.bytes.swap(bytes, Ordering::AcqRel) != bytes {
             self.signal_change();
         }

@@ -55,6 +55,11 @@ impl NvmeStorage {
         self.namespace().bytes()
     }
 
+    /// Where reads begin to find zeros: nothing was ever there.
+    pub(in crate::block) fn largest_len(&self) -> u64 {
+        self.namespace().largest_bytes()
+    }
+
     pub(in crate::block) fn limits(&self) -> &Limits {
         &self.namespace().geometry().limits
     }
@@ -98,6 +103,21 @@ impl NvmeStorage {
                 Err(self.refuse(ErrorKind::OutOfRange, what, offset, &why))
             }
         }
+    }
+
+    /// Refuses a read of what the namespace has lost by shrinking: it is no zeros, and whoever stored it as such, in
+    /// an overlay, would keep them when the namespace has grown back. `inside` of the `len` bytes are there.
+    #[cold]
+    fn none_lost(&self, offset: u64, inside: usize, len: usize) -> Result<()> {
+        let first = offset.saturating_add(inside as u64);
+        if inside == len || first >= self.largest_len() {
+            return Ok(());
+        }
+        let why = format!(
+            "the namespace has shrunk, and ends at {:#x}; enlarge it at the target",
+            self.len()
+        );
+        Err(self.refuse(ErrorKind::OutOfRange, "read", first, &why))
     }
 
     #[inline]
@@ -191,6 +211,7 @@ impl NvmeStorage {
     async fn read_in_parts(&self, io: &Io, offset: u64, to: Sg<'_>) -> Result<()> {
         let inside = self.len().saturating_sub(offset).min(to.len() as u64);
         let (mut rest, beyond) = to.split_at(inside as usize);
+        self.none_lost(offset, inside as usize, to.len())?;
         beyond.zero();
         if rest.is_empty() {
             return Ok(());
@@ -453,6 +474,7 @@ impl Pending<'_> {
         match self.what {
             What::Read { inside } if inside == sg.len() => Ok(()),
             What::Read { inside } => {
+                storage.none_lost(offset, inside, sg.len())?;
                 sg.split_at(inside).1.zero();
                 Ok(())
             }

@@ -296,3 +296,37 @@ fn a_namespace_is_not_resized_from_here() {
     assert_eq!(error.kind(), ErrorKind::NoSpace);
     assert!(error.to_string().contains("at the target"), "{error}");
 }
+
+#[test]
+fn what_a_namespace_has_lost_by_shrinking_is_an_error_and_what_never_was_there_is_zeros() {
+    let rig = Rig::new(Setup::default().block(4096));
+    rig.fill();
+    let (whole, half) = (4 * MIB as u64, 2 * MIB as u64);
+    let ends = |offset: u64, len: usize| {
+        let mut buf = rig.io.buf(len);
+        let read = rig.storage().read(&rig.io, offset, buf.sg());
+        rig.io.block_on(read).map(|()| buf.to_vec())
+    };
+    assert!(read(&rig, whole, 8192).iter().all(|byte| *byte == 0));
+    rig.namespace.set_bytes(half);
+    // Of whole blocks and in parts of them; across the end, behind it, and across the end that there was.
+    for (offset, len, first) in [
+        (half - 4096, 8192, half),
+        (half - 512, 1024, half),
+        (half, 4096, half),
+        (half + 512, 512, half + 512),
+        (whole - 4096, 8192, whole - 4096),
+        (whole - 512, 1024, whole - 512),
+    ] {
+        let error = ends(offset, len).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::OutOfRange, "{error}");
+        assert_eq!(error.offset(), Some(first), "{error}");
+        assert!(error.to_string().contains("has shrunk"), "{error}");
+    }
+    assert!(read(&rig, half - 4096, 4096) == expected(half - 4096..half));
+    assert!(read(&rig, whole, 4096).iter().all(|byte| *byte == 0));
+    assert!(read(&rig, whole, 512).iter().all(|byte| *byte == 0));
+    // It heals.
+    rig.namespace.set_bytes(whole);
+    assert!(read(&rig, half - 512, 1024) == expected(half - 512..half + 512));
+}
