@@ -88,10 +88,10 @@ pub(super) struct Local {
     /// Path that the next command takes, of those that are as good.
     turn: Cell<usize>,
     /// Length of a tick.
-    tick: Duration,
+    pub(super) tick: Duration,
     /// Ticks that a command may take, and that one may be held.
     pub(super) patience: u32,
-    held_at_most: Option<u32>,
+    pub(super) held_at_most: Option<u32>,
     /// Ticks so far, not counting idle times.
     pub(super) now: Cell<u32>,
     clock: Cell<Option<TaskId>>,
@@ -278,7 +278,10 @@ impl Local {
     #[cold]
     pub(super) fn distrust(&self, queue: &Queue) {
         if let Some(path) = self.paths.borrow_mut().get_mut(queue.path) {
-            path.suspect = true;
+            // Its thread is asked once, not for each of the commands that were under way.
+            if std::mem::replace(&mut path.suspect, true) {
+                return;
+            }
         }
         let generation = queue.generation;
         self.tell(queue.path, PathCommand::LookAtAccess { generation });

@@ -28,6 +28,8 @@ use crate::block::nvme_tcp::wire::{Cqe, Sqe, Status};
 const MAX_EVENTS: usize = 4;
 /// Aborts that wait for others to end, at most: the commands of all that are dropped have other timeouts.
 const MAX_ABORTS: usize = 256;
+/// Commands of members that are looked at before anything else is.
+const COMMANDS_A_TURN: usize = 64;
 /// How long the kernel may take to take a small command.
 const TO_SEND: Duration = Duration::from_secs(1);
 /// How long the controller gets to shut down. A target that takes longer does so on its own.
@@ -218,8 +220,17 @@ impl Association {
     }
 
     fn turn(&mut self, mailbox: &mut Mailbox, members: &mut Members) -> Result<()> {
-        while let Some(command) = mailbox.next() {
+        // Those that come meanwhile have to wait: the heart beats once a turn, however busy the members are.
+        for _ in 0..COMMANDS_A_TURN {
+            let Some(command) = mailbox.next() else {
+                break;
+            };
+            // It waits for an answer.
+            let is_slow = matches!(command, PathCommand::LookAtAccess { .. });
             self.command(command, mailbox, members)?;
+            if is_slow {
+                break;
+            }
         }
         self.connect_members(mailbox, members)?;
         self.ask_for_events()?;

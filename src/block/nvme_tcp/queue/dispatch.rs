@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::connection::{Queue, Why};
-use super::table::{Extent, Kind, State, Table};
+use super::table::{Command, Extent, Kind, State, Table};
 use crate::block::error::{Error, ErrorKind, Result};
 use crate::block::nvme_tcp::link::{ControllerLimits, PathCommand};
 use crate::block::nvme_tcp::local::{Choice, Local};
@@ -20,6 +20,8 @@ const RETRIES: u8 = 5;
 const MAX_BLOCKS: u64 = 1 << 16;
 /// How long commands under way are waited for when their request is dropped, before the connection is given up.
 const PATIENCE: Duration = Duration::from_millis(250);
+/// Delays of commands that fail by their path's fault are doubled this often at most.
+const MAX_DOUBLINGS: u32 = 4;
 /// Unit of the controller's retry delays (Base, Identify Controller: CRDT1).
 const DELAY_UNIT: Duration = Duration::from_millis(100);
 
@@ -351,29 +353,53 @@ impl Local {
             };
             self.finish_command(table, index, Err(error));
         };
-        let mut delay_number = 0;
+        let mut delay = Duration::ZERO;
         match class {
-            // Another path may do, and this one when its thread has looked. How long that may take is bounded by
-            // how long a command is held.
-            Class::AnaChange | Class::PathError => self.distrust(queue),
+            // Another path may do, and this one when its thread has looked.
+            Class::AnaChange | Class::PathError => {
+                self.distrust(queue);
+                match self.path_failed(command) {
+                    Some(wait) => delay = wait,
+                    None => command.failures = u8::MAX,
+                }
+            }
             Class::Authenticate => queue.end(self, Why::Failed(status.to_string())),
             Class::Retry { crd } => {
                 command.failures = command.failures.saturating_add(1);
-                delay_number = crd;
+                let units = usize::from(crd)
+                    .checked_sub(1)
+                    .and_then(|at| queue.limits.retry_delays.get(at));
+                delay = units.map_or(delay, |units| DELAY_UNIT * u32::from(*units));
             }
             Class::Ok | Class::Fail => command.failures = u8::MAX,
         }
         if cancelled || command.failures > RETRIES {
             return fail(table);
         }
-        let delays = &queue.limits.retry_delays;
-        let delay = usize::from(delay_number)
-            .checked_sub(1)
-            .and_then(|at| delays.get(at));
-        match delay.map(|units| DELAY_UNIT * u32::from(*units)) {
-            Some(delay) if !delay.is_zero() => self.retry_later(table, index, delay),
-            _ => table.wait_in_order(index),
+        match delay.is_zero() {
+            true => table.wait_in_order(index),
+            false => self.retry_later(table, index, delay),
         }
+    }
+
+    /// How long a command waits that has failed by its path's fault; none: it has done so for longer than a
+    /// command is held. Once round the paths it goes on at once. Then it waits longer each time: paths that say
+    /// that they are good, and are not, would be asked as fast as they answer.
+    #[cold]
+    fn path_failed(&self, command: &mut Command) -> Option<Duration> {
+        if command.path_failures == 0 {
+            command.path_failed_at = self.now.get();
+        }
+        command.path_failures = command.path_failures.saturating_add(1);
+        let age = self.now.get().wrapping_sub(command.path_failed_at);
+        if self.held_at_most.is_some_and(|at_most| age > at_most) {
+            return None;
+        }
+        let paths = u32::try_from(self.namespace().paths().len()).unwrap_or(u32::MAX);
+        let Some(rounds) = command.path_failures.checked_sub(paths) else {
+            return Some(Duration::ZERO);
+        };
+        Some(DELAY_UNIT.min(self.tick) * (1 << rounds.min(MAX_DOUBLINGS)))
     }
 
     #[cold]

@@ -83,6 +83,9 @@ pub(super) struct Command {
     pub(super) number: u64,
     /// Failures so far that are not the connections'.
     pub(super) failures: u8,
+    /// Failures in a row that were the path's, and the tick of the first of them.
+    pub(super) path_failures: u32,
+    pub(super) path_failed_at: u32,
     /// Ticks that it has waited while no path was usable.
     pub(super) held: u32,
     /// Tick at which it was begun last.
@@ -170,6 +173,8 @@ impl Table {
             state: State::Put,
             number,
             failures: 0,
+            path_failures: 0,
+            path_failed_at: 0,
             held: 0,
             begun: 0,
             aborted: false,

@@ -111,6 +111,46 @@ fn a_path_that_seems_good_but_is_not_is_not_asked_in_a_circle() {
 }
 
 #[test]
+fn a_path_that_never_is_what_it_seems_is_asked_seldom_and_the_request_fails_in_the_end() {
+    let rig = Rig::new(Setup {
+        io_timeout: Duration::from_millis(80),
+        ctrl_loss: Some(Duration::from_millis(300)),
+        ..Setup::default()
+    });
+    // An Internal Path Error, for as long as a request can reasonably last.
+    rig.peer().script(|command| match command.number {
+        0..1000 => Do::Fail(0x300),
+        _ => Do::It,
+    });
+    let error = read(&rig).unwrap_err();
+    assert!(error.to_string().contains("read failed"), "{error}");
+    assert!(rig.peer().seen().len() < 100);
+}
+
+#[test]
+fn a_path_is_looked_at_once_however_many_commands_say_so() {
+    let rig = Rig::new(Setup::default());
+    rig.peer().script(|_| Do::Hold);
+    let mut bufs: Vec<_> = (0..16).map(|_| rig.io.buf(LEN)).collect();
+    let pending: Vec<Pending<'_>> = bufs
+        .iter_mut()
+        .map(|buf| rig.storage().begin_read(&rig.io, 0, buf.sg()))
+        .collect();
+    rig.until(|| seen(&rig) == [16]);
+    rig.peer().script(|_| Do::It);
+    // All answers are there before the first one is taken.
+    for command in rig.peer().seen() {
+        assert!(rig.peer().fail_held(command.cid(), 0x302));
+    }
+    rig.io.block_on(async {
+        for done in all(pending.into_iter().map(|one| one.finish(&rig.io))).await {
+            done.unwrap();
+        }
+    });
+    assert!((1..=3).contains(&rig.path().told("look")));
+}
+
+#[test]
 fn a_dead_path_leaves_the_other_alone_and_its_commands_go_there() {
     let rig = two_paths(IoPolicy::RoundRobin);
     rig.paths[0].peer.script(|_| Do::Hold);
