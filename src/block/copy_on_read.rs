@@ -12,15 +12,15 @@
 //!   hands of another copy, reads past it.
 //! - Layers below are read with nothing held: no claim, no pin. The top is looked at again before anything is
 //!   stored there, see `qcow2/copied.rs`.
-//! - Who wants to change the disk's size, to give the image back, or has the guest migrated ends those that
-//!   still read, and waits for the storing only, which is local.
+//! - Who wants to change the disk's size, to give the image back, or has the guest migrated waits for the storing
+//!   only, which is local. A copy that still reads is let go of: its read ends when it ends, and nothing is stored.
+//!   Cancelling it would mean to wait for a base that is far away, or to cut the connection that others use.
 //! - An error is counted, logged, and keeps copies from being begun for [`PAUSE`]; the guest does not learn of it.
 //!   So a full file system is asked for space, and complained about, once in that time.
 
 use std::fmt;
-use std::future::{Future, poll_fn};
+use std::future::poll_fn;
 use std::ops::Range;
-use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::{Poll, Waker};
@@ -78,6 +78,8 @@ pub(super) struct Copies {
 #[derive(Debug, Default)]
 struct Book {
     under_way: Vec<Held>,
+    /// Those that nobody waits for any more; they still have their memory.
+    let_go: Vec<Held>,
     next: u64,
     /// Who does not want copies now.
     stopped: u32,
@@ -93,9 +95,10 @@ struct Held {
     worker: usize,
     /// Bytes of the disk, whole units.
     range: Range<u64>,
+    /// Nothing is to be stored.
     cancelled: bool,
-    /// Of who can be cancelled.
-    waker: Option<Waker>,
+    /// It reads what the guest has not asked for.
+    reads_ahead: bool,
 }
 
 /// What is to become of a read of a hole.
@@ -163,7 +166,8 @@ impl Copies {
         if book.stopped > 0 || !book.is_over_error() {
             return Plan::Pass(len);
         }
-        let mine = book.under_way.iter().filter(|held| held.worker == worker);
+        let all = book.under_way.iter().chain(&book.let_go);
+        let mine = all.filter(|held| held.worker == worker);
         let (count, bytes) = mine.fold((0, 0), |(count, bytes), held| {
             (count + 1, bytes + held.range.end - held.range.start)
         });
@@ -196,7 +200,7 @@ impl Copies {
             worker,
             range: start..end,
             cancelled: false,
-            waker: None,
+            reads_ahead: false,
         });
         let copy = Copy {
             copies: self.clone(),
@@ -207,17 +211,19 @@ impl Copies {
         Plan::Copy(copy, len.min(end - offset))
     }
 
-    /// Has no copy begun until what it returns is dropped, and ends those that have stored nothing yet. Waits for
-    /// the others.
+    /// Has no copy begun until what it returns is dropped, and has those store nothing that have not begun to. Waits
+    /// for the others, and for the guest's reads.
     pub(super) async fn stop(&self) -> Stopped<'_> {
         let stopped = Stopped(self);
         {
             let mut book = self.book();
             book.stopped += 1;
-            for held in &mut book.under_way {
-                held.cancelled = true;
-                held.waker.take().into_iter().for_each(Waker::wake);
-            }
+            let (let_go, mut left): (Vec<_>, Vec<_>) = std::mem::take(&mut book.under_way)
+                .into_iter()
+                .partition(|held| held.reads_ahead);
+            left.iter_mut().for_each(|held| held.cancelled = true);
+            book.under_way = left;
+            book.let_go.extend(let_go);
         }
         poll_fn(|cx| {
             let mut book = self.book();
@@ -319,46 +325,38 @@ impl Copy {
             }
             let offset = start + missing.start as u64;
             let part = buf.sg().slice(missing.start, missing.len());
-            match self
-                .unless_cancelled(read_chain(below, io, offset, part))
-                .await
-            {
-                Some(read) => read?,
-                None => return Ok(0),
+            if !self.goes_on(true) {
+                return Ok(0);
             }
+            let read = read_chain(below, io, offset, part).await;
+            if !self.goes_on(false) {
+                return Ok(0);
+            }
+            read?;
         }
-        if self.is_cancelled(None) || !top.wants_copy(start, len as u64) {
+        if !self.goes_on(false) || !top.wants_copy(start, len as u64) {
             return Ok(0);
         }
         top.store_copy(io, start, &mut buf).await
     }
 
-    async fn unless_cancelled<T>(&self, future: impl Future<Output = T>) -> Option<T> {
-        let mut future = pin!(future);
-        poll_fn(|cx| {
-            if self.is_cancelled(Some(cx.waker())) {
-                return Poll::Ready(None);
-            }
-            future.as_mut().poll(cx).map(Some)
-        })
-        .await
-    }
-
-    /// True if nobody wants the copy any more; else the waker is called when that becomes so.
-    fn is_cancelled(&self, waker: Option<&Waker>) -> bool {
+    /// False if nobody wants the copy any more. Else it goes on, by reading ahead or by something else, which is
+    /// waited for.
+    fn goes_on(&self, reads_ahead: bool) -> bool {
         let mut book = self.copies.book();
         let mut all = book.under_way.iter_mut();
         let Some(held) = all.find(|held| held.number == self.number) else {
-            return true;
+            return false;
         };
-        held.waker = waker.cloned();
-        held.cancelled
+        held.reads_ahead = reads_ahead;
+        !held.cancelled
     }
 }
 
 impl Drop for Copy {
     fn drop(&mut self) {
         let mut book = self.copies.book();
+        book.let_go.retain(|held| held.number != self.number);
         book.under_way.retain(|held| held.number != self.number);
         if book.under_way.is_empty() {
             let waiters = std::mem::take(&mut book.waiters);

@@ -1,5 +1,6 @@
 //! Queues against a controller played by a thread ([`peer`]), with the paths' threads played by [`rig`].
 
+mod copies;
 mod ends;
 mod faults;
 mod paths;
