@@ -171,7 +171,7 @@ pub(super) async fn open(
         }
         Source::File { path } => path,
     };
-    let allowed = allowed_roots(top, &spec.allow_paths)?;
+    let allowed = Allowed::new(top, &spec.allow_paths)?;
     let storage = open_top(top, spec)?;
     // Whatever becomes the working directory, the name leads to the same place.
     let named = std::path::absolute(top).unwrap_or_else(|_| top.clone());
@@ -207,13 +207,13 @@ fn open_file(
     spec: &DiskSpec,
     links: &[Link],
     backing: &BackingName,
-    allowed: &[PathBuf],
+    allowed: &Allowed,
 ) -> Result<(Opened, PathBuf)> {
     let named = links.last().map_or(Path::new(""), |link| &link.named);
     let name = beside(named, "backing file", &backing.name)?;
     let real =
         std::fs::canonicalize(&name).map_err(|error| missing(links, backing, &name, error))?;
-    let is_allowed = |real: &Path| allowed.iter().any(|root| real.starts_with(root));
+    let is_allowed = |real: &Path| allowed.allows(named, real);
     if !is_allowed(&real) {
         return Err(not_allowed(named, "backing file", &backing.name, &real));
     }
@@ -396,19 +396,42 @@ async fn warn_of_qcow2(io: &Io, storage: &Storage) -> Result<()> {
     Ok(())
 }
 
-/// Directories and files that a backing file may be in, without symbolic links.
-fn allowed_roots(top: &Path, allow_paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
-    let folder = match top.parent() {
-        Some(folder) if folder != Path::new("") => folder,
-        _ => Path::new("."),
-    };
-    std::iter::once(folder)
-        .chain(allow_paths.iter().map(PathBuf::as_path))
-        .map(|path| {
+/// Directories and files that the files which images name may be in, without symbolic links.
+pub(super) struct Allowed {
+    /// The top image's own folder.
+    folder: PathBuf,
+    paths: Vec<PathBuf>,
+}
+
+impl Allowed {
+    fn new(top: &Path, allow_paths: &[PathBuf]) -> Result<Self> {
+        let look_up = |path: &Path| {
             std::fs::canonicalize(path)
                 .map_err(|e| Error::io(path, "look up an allowed path", None, e))
+        };
+        let folder = match top.parent() {
+            Some(folder) if folder != Path::new("") => folder,
+            _ => Path::new("."),
+        };
+        Ok(Self {
+            folder: look_up(folder)?,
+            paths: allow_paths
+                .iter()
+                .map(|path| look_up(path))
+                .collect::<Result<_>>()?,
         })
-        .collect()
+    }
+
+    /// Whether `image` may name this file. The folder is for images that are files: what is in a namespace is written
+    /// by whoever has the target, and by everybody on the way to it.
+    pub(super) fn allows(&self, image: &Path, real: &Path) -> bool {
+        (!is_remote(image) && real.starts_with(&self.folder))
+            || self.paths.iter().any(|path| real.starts_with(path))
+    }
+}
+
+fn is_remote(image: &Path) -> bool {
+    image.to_str().is_some_and(uri::is_remote)
 }
 
 fn backing_format(image: &Path, backing: &BackingName) -> Result<Format> {
@@ -446,8 +469,8 @@ pub(crate) fn resolve_backing(
     let name = beside(image, "backing file", &backing.name)?;
     let real = std::fs::canonicalize(&name)
         .map_err(|error| Error::io(&name, "look up the backing file", None, error))?;
-    let allowed = allowed_roots(top, allow_paths)?;
-    if !allowed.iter().any(|root| real.starts_with(root)) {
+    let allowed = Allowed::new(top, allow_paths)?;
+    if !allowed.allows(image, &real) {
         return Err(not_allowed(image, "backing file", &backing.name, &real));
     }
     Ok((name, format))
@@ -479,7 +502,7 @@ pub(super) fn beside(image: &Path, what: &str, name: &str) -> Result<PathBuf> {
     if name.is_empty() || name.contains('\0') {
         return refuse(format!("its {what}'s name {name:?} is none"));
     }
-    if image.to_str().is_some_and(uri::is_remote) && !name.starts_with('/') {
+    if is_remote(image) && !name.starts_with('/') {
         return refuse(format!(
             "its {what} {name:?} is beside it, and a namespace has no folder; name it by its whole path"
         ));
@@ -501,13 +524,16 @@ fn missing(links: &[Link], backing: &BackingName, name: &Path, error: std::io::E
 
 pub(super) fn not_allowed(image: &Path, what: &str, name: &str, real: &Path) -> Error {
     let folder = real.parent().unwrap_or(real).display();
+    let why = match is_remote(image) {
+        true => "and what a namespace names is opened only where it is allowed",
+        false => "outside the disk's own folder",
+    };
     Error::image(
         ErrorKind::NotAllowed,
         image,
         None,
         format_args!(
-            "its {what} {name:?} is {}, outside the disk's own folder; if that is meant, allow it with \
-             allow-path={folder}",
+            "its {what} {name:?} is {}, {why}; if that is meant, allow it with allow-path={folder}",
             real.display()
         ),
     )

@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::chain::{Link, beside, not_allowed, open_raw};
+use super::chain::{Allowed, Link, beside, not_allowed, open_raw};
 use super::error::{Error, ErrorKind, Result};
 use super::file::{FileOptions, FileStorage};
 use super::spec::{CacheMode, DiskSpec};
@@ -22,7 +22,7 @@ pub(super) struct DataFile {
 }
 
 /// Opens the data file of the last of `links`, if it has one.
-pub(super) fn open(links: &mut [Link], spec: &DiskSpec, allowed: &[PathBuf]) -> Result<()> {
+pub(super) fn open(links: &mut [Link], spec: &DiskSpec, allowed: &Allowed) -> Result<()> {
     let Some((link, above)) = links.split_last_mut() else {
         return Ok(());
     };
@@ -53,8 +53,7 @@ pub(super) fn open(links: &mut [Link], spec: &DiskSpec, allowed: &[PathBuf]) -> 
         ))
     })?;
     // What the user has named is allowed; what an image names has to be.
-    let is_allowed =
-        |real: &Path| chosen.is_some() || allowed.iter().any(|root| real.starts_with(root));
+    let is_allowed = |real: &Path| chosen.is_some() || allowed.allows(&link.named, real);
     let refused = |real: &Path| not_allowed(&link.named, "external data file", name, real);
     if !is_allowed(&real) {
         return Err(refused(&real));

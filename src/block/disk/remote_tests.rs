@@ -224,7 +224,17 @@ fn an_image_in_a_namespace_is_a_base_and_its_names_are_whole_paths() {
     serve("nqn.b", inner(base.to_str().unwrap()), geometry(4096, 1));
     serve("nqn.c", inner("base"), geometry(512, 2));
     f.put("top", &empty_qcow2(MIB, Some((BASE, Some("qcow2")))));
-    let disk = open(&f, &image(&f, "top", &["nvme+tcp://base.lan"]));
+    // The folder of the top image is not the namespace's.
+    let mut spec = image(&f, "top", &["nvme+tcp://base.lan"]);
+    let error = refused(&f, &spec);
+    assert_eq!(error.kind(), ErrorKind::NotAllowed);
+    assert!(
+        error.to_string().contains("what a namespace names"),
+        "{error}"
+    );
+    assert!(error.to_string().contains("allow-path="), "{error}");
+    spec.allow_paths = vec![base];
+    let disk = open(&f, &spec);
     let active = f.activate(&disk).unwrap();
     assert!(f.read(&active, 0, MIB as usize).unwrap() == data);
     f.deactivate(active).unwrap();
