@@ -195,12 +195,16 @@ fn split(text: &str) -> Result<(Allowed, Option<&str>), UriError> {
         Some((hosts, nqn)) => (hosts, Some(nqn)),
         None => (place, None),
     };
+    if nqn.is_some_and(str::is_empty) {
+        // A shell's variable that is not set would allow all of them.
+        return wrong(
+            "names no subsystem behind its slash",
+            "write its NQN there; what is allowed is all subsystems of an address where there is no slash either",
+        );
+    }
     let place = Allowed {
         addresses: addresses(hosts)?,
-        subsystem: nqn
-            .filter(|nqn| !nqn.is_empty())
-            .map(subsystem)
-            .transpose()?,
+        subsystem: nqn.map(subsystem).transpose()?,
     };
     Ok((place, query))
 }

@@ -58,7 +58,7 @@ fn a_name_is_displayed_as_one_that_means_the_same() {
     }
     for (written, shown) in [
         ("nvme+tcp://h", "nvme+tcp://h:4420"),
-        ("nvme+tcp://h/", "nvme+tcp://h:4420"),
+        ("nvme+tcp://h/", ""),
         ("nvme+tcp://h:1,g/n%20x", ""),
         ("nvme+tcp://h:1,g/n%25x", "nvme+tcp://h:1,g:4420/n%25x"),
     ] {
