@@ -1,5 +1,6 @@
 //! `virtioblkd nvme`: what remote disks there are.
 
+use std::io::Write as _;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -11,10 +12,14 @@ use crate::config::Discovery;
 pub fn discover(asked: &Discovery) -> ExitCode {
     let options = Arc::new(assembly::nvme_options(&asked.nvme));
     match discovery::run(&asked.address, &options, asked.json) {
-        Ok(text) => {
-            print!("{text}");
-            ExitCode::SUCCESS
-        }
+        // Whoever reads it may have closed the pipe.
+        Ok(text) => match std::io::stdout().write_all(text.as_bytes()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("virtioblkd: writing the result: {error}");
+                ExitCode::FAILURE
+            }
+        },
         Err(error) => {
             eprintln!("virtioblkd: discovery failed: {error}");
             ExitCode::FAILURE
