@@ -201,7 +201,7 @@ fn is_connected(daemon: &Daemon, address: &str) -> bool {
     let log = daemon.log();
     let said = log.lines().filter_map(|line| line.split_once(&via));
     let said = said.filter(|(_, s)| s.starts_with("connected:") || s.starts_with("lost:"));
-    said.last()
+    said.next_back()
         .is_some_and(|(_, s)| s.starts_with("connected:"))
 }
 
