@@ -7,7 +7,7 @@ use vhost_user_frontend::blk::status;
 use vhost_user_frontend::{Daemon, Device, Op};
 
 use crate::common::{Random, SOON, status_of, until};
-use crate::load::{HANG, Load, Shape};
+use crate::load::{self, HANG, Load, Shape};
 use crate::model::Model;
 use crate::rig::{self, MIB, NQN, Rig, Setup};
 
@@ -101,7 +101,7 @@ fn cut_the_only_path(seed: u64, cuts: u64) {
     let mut rig = Rig::start(&setup);
     rig.target.keep_journal(true);
     let model = Model::new(vec![0; SIZE as usize]);
-    let mut load = Load::new("cuts of one path", seed, SHAPE, model);
+    let mut load = Load::new("cuts of one path", load::seed(seed), SHAPE, model);
     let mut device = rig.device(SHAPE.depth, load.bytes());
     let mut pauses = Pauses::default();
     for _ in 0..cuts {
@@ -148,7 +148,7 @@ fn cut_one_of_two_paths(seed: u64, cuts: u64) {
     let mut rig = Rig::start(&setup);
     rig.target.keep_journal(true);
     let model = Model::new(vec![0; SIZE as usize]);
-    let mut load = Load::new("cuts of two paths", 100 + seed, SHAPE, model);
+    let mut load = Load::new("cuts of two paths", load::seed(100 + seed), SHAPE, model);
     let mut device = rig.device(SHAPE.depth, load.bytes());
     let mut pauses = Pauses::default();
     let mut away = 0;
@@ -200,7 +200,7 @@ fn is_connected(daemon: &Daemon, address: &str) -> bool {
     let via = format!("via {address}: ");
     let log = daemon.log();
     let said = log.lines().filter_map(|line| line.split_once(&via));
-    let said = said.filter(|(_, s)| s.starts_with("connected:") || s.starts_with("lost:"));
+    let mut said = said.filter(|(_, s)| s.starts_with("connected:") || s.starts_with("lost:"));
     said.next_back()
         .is_some_and(|(_, s)| s.starts_with("connected:"))
 }

@@ -10,7 +10,7 @@ use vhost_user_frontend::Op;
 use vhost_user_frontend::blk::status;
 
 use crate::common::{Random, status_of};
-use crate::load::{Load, Shape};
+use crate::load::{self, Load, Shape, number_in};
 use crate::model::Model;
 use crate::rig::{MIB, Rig, Setup};
 
@@ -20,10 +20,6 @@ const OVERLAY: u64 = 32 * MIB;
 
 /// Requests of one case; there are eight of them.
 const REQUESTS: u64 = 6_500;
-
-fn number_in(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok()?.parse().ok()
-}
 
 /// A combination.
 struct Case {
@@ -174,7 +170,7 @@ impl Case {
             let times = if rate == 40 { 20 * times } else { times };
             rules.push((Rule::rate(on, rate, fault).times(times), fault));
         }
-        target.faults().seed(self.seed);
+        target.faults().seed(load::seed(self.seed));
         let add = |(rule, fault)| (target.faults().add(rule), fault);
         rules.into_iter().map(add).collect()
     }
@@ -253,7 +249,7 @@ impl<'a> Weather<'a> {
 }
 
 fn run(case: &Case) {
-    let seed = number_in("VIRTIOBLKD_NVME_SEED").map_or(case.seed, |s| s * 100 + case.seed);
+    let seed = load::seed(case.seed);
     let requests = number_in("VIRTIOBLKD_NVME_REQUESTS").unwrap_or(REQUESTS);
     let align = u64::from(case.block) / 512;
     let shape = Shape {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use nvme_target::{Fault, NamespaceSpec, On, PortSpec, Rule};
 
 use crate::common::Random;
-use crate::load::{Load, Shape};
+use crate::load::{self, Load, Shape};
 use crate::model::Model;
 use crate::rig::{MIB, Rig, Setup};
 
@@ -30,7 +30,7 @@ fn run(name: &str, setup: &Setup, size: u64, kills: u64) {
     // So that requests are in flight at any moment.
     let slow = Fault::DelayUpTo(Duration::from_millis(2));
     rig.target.faults().add(Rule::rate(On::Io, 3000, slow));
-    let mut load = Load::new(name, 31, SHAPE, Model::new(contents));
+    let mut load = Load::new(name, load::seed(31), SHAPE, Model::new(contents));
     let mut device = rig.device(SHAPE.depth, load.bytes());
     let mut in_flight = 0;
     for _ in 0..kills {

@@ -21,6 +21,16 @@ const READ: u8 = 0x02;
 const WRITE_ZEROES: u8 = 0x08;
 const DATASET_MANAGEMENT: u8 = 0x09;
 
+/// A number in the environment.
+pub fn number_in(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok()?.parse().ok()
+}
+
+/// The seed of a case, which is another one for each `VIRTIOBLKD_NVME_SEED`.
+pub fn seed(case: u64) -> u64 {
+    number_in("VIRTIOBLKD_NVME_SEED").map_or(case, |seed| seed * 1000 + case)
+}
+
 /// What the requests look like.
 #[derive(Clone, Copy)]
 pub struct Shape {

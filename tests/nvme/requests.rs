@@ -4,7 +4,7 @@ use nvme_target::{NamespaceSpec, PortSpec};
 use vhost_user_frontend::Segment;
 
 use crate::common::Random;
-use crate::load::{Load, Shape};
+use crate::load::{self, Load, Shape};
 use crate::model::Model;
 use crate::rig::{MIB, Rig, Setup};
 
@@ -123,7 +123,12 @@ fn random(name: &str, setup: &Setup, align: u64) {
     };
     let mut rig = Rig::start(setup);
     rig.target.keep_journal(true);
-    let mut load = Load::new(name, 5, shape, Model::new(vec![0; SIZE as usize]));
+    let mut load = Load::new(
+        name,
+        load::seed(5),
+        shape,
+        Model::new(vec![0; SIZE as usize]),
+    );
     for until in [750, 1500] {
         let mut device = rig.device(shape.depth, load.bytes());
         load.go(&mut device, until, |_| ());
