@@ -1,6 +1,7 @@
 //! Queues against a controller played by a thread ([`peer`]), with the paths' threads played by [`rig`].
 
 mod copies;
+mod encrypted;
 mod ends;
 mod faults;
 mod paths;
