@@ -160,9 +160,10 @@ fn outlive(target: &Target, keep_alives: u64) {
 }
 
 #[test]
-fn the_time_that_a_path_is_given_begins_when_it_is_lost() {
+fn the_times_that_a_path_is_given_begin_with_its_loss_and_end_with_its_return() {
     let target = one_port();
     let spec = spec_of(&[target.address()], |options| {
+        options.fast_io_fail = Some(Duration::from_millis(500));
         options.ctrl_loss = Some(Duration::from_secs(2));
         options.keep_alive = Duration::from_secs(1);
     });
@@ -174,6 +175,9 @@ fn the_time_that_a_path_is_given_begins_when_it_is_lost() {
     target.drop_connections();
     worker.lost(0);
     worker.connected(0);
+    // More than half a second.
+    outlive(&target, 3);
+    assert_eq!(namespace.paths()[0].state(), PathState::Live);
     close(&namespace, &target);
 }
 
