@@ -195,25 +195,33 @@ fn len_of<T>(_: &T) -> libc::socklen_t {
 
 /// What a connection of NVMe wants of TCP: no waiting for larger segments, and probes that end a connection whose
 /// peer is gone without a word. Requests have their own timeouts, so nothing here needs to be fast.
+///
+/// What was not sent when it is closed, also by the end of this process, is thrown away: it is done again on
+/// another connection, and must not come after that. Otherwise the kernel goes on sending for minutes.
 fn finish(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
+    let reset = libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    set(stream, libc::SOL_SOCKET, libc::SO_LINGER, &reset)?;
     let (idle, between, count) = PROBES;
-    set(stream, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
-    set(stream, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, idle)?;
-    set(stream, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, between)?;
-    set(stream, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, count)
+    set(stream, libc::SOL_SOCKET, libc::SO_KEEPALIVE, &1_i32)?;
+    set(stream, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, &idle)?;
+    set(stream, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, &between)?;
+    set(stream, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, &count)
 }
 
-fn set(stream: &TcpStream, level: i32, name: i32, value: i32) -> io::Result<()> {
-    let value: libc::c_int = value;
-    // SAFETY: `value` is an integer of the length that is given.
+/// `value` is the C type that the option takes.
+fn set<T: Copy>(stream: &TcpStream, level: i32, name: i32, value: &T) -> io::Result<()> {
+    // SAFETY: `value` is readable, and as long as is given.
     let done = unsafe {
         libc::setsockopt(
             stream.as_raw_fd(),
             level,
             name,
-            (&raw const value).cast(),
-            len_of(&value),
+            (&raw const *value).cast(),
+            len_of(value),
         )
     };
     match done {
@@ -227,6 +235,7 @@ mod tests {
     use super::super::trouble::Trouble;
     use super::super::wait::Patience;
     use super::*;
+    use std::io::{Read, Write};
     use std::net::TcpListener;
 
     fn soon() -> Instant {
@@ -254,6 +263,24 @@ mod tests {
             let stream = connect(&found, soon(), &mut Patience).unwrap();
             assert!(stream.nodelay().unwrap());
         }
+    }
+
+    #[test]
+    fn what_was_not_sent_when_a_connection_is_closed_never_arrives() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut stream = connect(&[address], soon(), &mut Patience).unwrap();
+        let (mut peer, _) = listener.accept().unwrap();
+        let mut sent = 0;
+        // More than the peer's buffer takes, because it does not read.
+        while let Ok(count) = stream.write(&[0; 64 << 10]) {
+            sent += count;
+        }
+        drop(stream);
+        let mut arrived = Vec::new();
+        let end = peer.read_to_end(&mut arrived).unwrap_err();
+        assert_eq!(end.kind(), io::ErrorKind::ConnectionReset);
+        assert!(arrived.len() < sent, "all {sent} bytes arrived");
     }
 
     #[test]

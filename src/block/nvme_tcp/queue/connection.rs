@@ -146,6 +146,27 @@ impl Queue {
         }
     }
 
+    /// Throws away what the kernel has not sent, and resets the connection, whoever else has a descriptor of it:
+    /// the commands are about to be done again elsewhere, and nothing of their first life may arrive after that.
+    /// A connection that was only shut down and closed goes on sending for minutes. To be called when nothing is
+    /// under way on the socket.
+    #[cold]
+    fn reset(&self) {
+        let none = libc::sockaddr {
+            sa_family: libc::AF_UNSPEC as libc::sa_family_t,
+            sa_data: [0; 14],
+        };
+        // SAFETY: the descriptor is open, and the address is as long as is given. It fails only where nothing is
+        // connected any more.
+        unsafe {
+            libc::connect(
+                self.socket.as_raw_fd(),
+                &raw const none,
+                size_of_val(&none) as libc::socklen_t,
+            )
+        };
+    }
+
     /// The last word to a controller that broke the protocol (TCP 3.5.1): sent if it can be sent now, between two
     /// PDUs.
     #[cold]
@@ -210,6 +231,7 @@ impl Drop for Receiver {
 fn side_is_over(local: &Rc<Local>, queue: &Rc<Queue>) {
     queue.end(local, Why::Told);
     if queue.tasks().next().is_none() {
+        queue.reset();
         queue.machine.borrow_mut().abandon_all(&mut |_| ());
         local.queue_is_over(queue);
     }

@@ -6,10 +6,29 @@ use std::time::{Duration, Instant};
 use super::all;
 use super::peer::Do;
 use super::rig::{Rig, Setup, pattern};
+use crate::block::nvme_tcp::link::{Access, PathState};
 use crate::block::{ErrorKind, Result};
 
 const LEN: usize = 16 << 10;
 const DNR: u16 = 1 << 14;
+
+/// Two paths that are both connected, the first one preferred; nothing was seen.
+fn first_of_two() -> Rig {
+    let rig = Rig::new(Setup {
+        paths: 2,
+        ..Setup::default()
+    });
+    for only in [1, 0] {
+        rig.paths[1 - only].shared.set_access(Access::Inaccessible);
+        rig.paths[only].shared.set_access(Access::Optimized);
+        let mut buf = rig.io.buf(LEN);
+        let read = rig.storage().read(&rig.io, 0, buf.sg());
+        rig.io.block_on(read).unwrap();
+    }
+    rig.paths[1].shared.set_access(Access::NonOptimized);
+    rig.paths.iter().for_each(|path| path.peer.forget());
+    rig
+}
 
 fn read(rig: &Rig, offset: u64) -> Result<()> {
     let mut buf = rig.io.buf(LEN);
@@ -93,6 +112,33 @@ fn a_read_that_is_cut_in_the_middle_of_its_data_is_done_again() {
     rig.peer().cut();
     rig.io.block_on(pending.finish(&rig.io)).unwrap();
     assert!((4096..).zip(&*buf).all(|(at, byte)| *byte == pattern(at)));
+}
+
+#[test]
+fn what_a_lost_connection_has_not_sent_never_arrives() {
+    let rig = first_of_two();
+    rig.peer().script(|_| Do::Stall);
+    // In capsules, so nothing has to be asked for; more than the peer's buffer takes while it does not read.
+    const WRITES: usize = 64;
+    let mut bufs: Vec<_> = (0..WRITES).map(|_| rig.io.buf(8192)).collect();
+    let pending: Vec<_> = (0u64..)
+        .zip(&mut bufs)
+        .map(|(n, buf)| rig.storage().begin_write(&rig.io, n * 8192, buf.sg()))
+        .collect();
+    rig.until(|| rig.peer().seen().len() == 1);
+    // Nobody but the host ends the connection.
+    rig.path().lose(PathState::Connecting);
+    rig.io.block_on(async {
+        for done in all(pending.into_iter().map(|one| one.finish(&rig.io))).await {
+            done.unwrap();
+        }
+    });
+    assert_eq!(rig.paths[1].peer.seen().len(), WRITES);
+    // An answer would be told that nobody wants it.
+    rig.peer().script(|_| Do::Hold);
+    rig.peer().go_on();
+    rig.until(|| rig.peer().serving() == 0);
+    assert!(rig.peer().seen().len() < WRITES, "all have arrived");
 }
 
 fn with_timeout() -> Rig {

@@ -45,6 +45,8 @@ pub enum Do {
     Fail(u16),
     /// Nothing, until [`Peer::answer_held`].
     Hold,
+    /// Reads nothing any more until [`Peer::go_on`], and answers nothing.
+    Stall,
     /// Closes the connection without an answer.
     Cut,
     /// Executes it, and closes the connection without an answer.
@@ -88,6 +90,11 @@ struct State {
     /// Of connections: what is needed to answer later, and to close.
     held: Vec<(Command, TcpStream)>,
     open: Vec<TcpStream>,
+    /// The hosts' ends: a path's thread keeps a second descriptor of a connection, too.
+    hosts: Vec<TcpStream>,
+    stalled: bool,
+    /// Threads that serve connections.
+    serving: usize,
     /// H2CTermReqs that came.
     terminated: usize,
     /// Data that came with commands of reservations.
@@ -118,6 +125,9 @@ impl Peer {
             seen: Vec::new(),
             held: Vec::new(),
             open: Vec::new(),
+            hosts: Vec::new(),
+            stalled: false,
+            serving: 0,
             terminated: 0,
             keys: Vec::new(),
         };
@@ -166,6 +176,16 @@ impl Peer {
         }
     }
 
+    /// Reads again.
+    pub fn go_on(&self) {
+        self.lock().stalled = false;
+    }
+
+    /// Connections that have not ended.
+    pub fn serving(&self) -> usize {
+        self.lock().serving
+    }
+
     /// Does now what was held.
     pub fn answer_held(&self) {
         let held = std::mem::take(&mut self.lock().held);
@@ -193,11 +213,17 @@ impl Peer {
         let host = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (stream, _) = listener.accept().unwrap();
         stream.set_nodelay(true).unwrap();
-        self.lock().open.push(stream.try_clone().unwrap());
+        {
+            let mut state = self.lock();
+            state.open.push(stream.try_clone().unwrap());
+            state.hosts.push(host.try_clone().unwrap());
+            state.serving += 1;
+        }
         let peer = self.clone();
         std::thread::spawn(move || {
             let _ = peer.serve(&stream);
             let _ = stream.shutdown(Shutdown::Both);
+            peer.lock().serving -= 1;
         });
         host
     }
@@ -285,6 +311,13 @@ impl Peer {
             Do::Hold => {
                 let clone = stream.try_clone()?;
                 self.lock().held.push((command, clone));
+                Ok(())
+            }
+            Do::Stall => {
+                self.lock().stalled = true;
+                while self.lock().stalled {
+                    std::thread::yield_now();
+                }
                 Ok(())
             }
             Do::Cut => cut(),

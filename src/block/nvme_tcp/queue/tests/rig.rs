@@ -137,9 +137,15 @@ impl Path {
     }
 
     pub fn go_down(&self, state: PathState) {
-        self.up.store(false, Ordering::SeqCst);
         self.shared.set_state(state);
         self.peer.cut();
+        self.lose(state);
+    }
+
+    /// As the path's thread does: the peer may not know.
+    pub fn lose(&self, state: PathState) {
+        self.up.store(false, Ordering::SeqCst);
+        self.shared.set_state(state);
         let generation = self.generation.load(Ordering::SeqCst);
         for member in &*self.members.lock().unwrap() {
             let path = self.index;
