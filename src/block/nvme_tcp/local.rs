@@ -58,6 +58,8 @@ impl Shared {
 #[derive(Debug, Default)]
 struct Path {
     queue: Option<Rc<Queue>>,
+    /// It failed alone, and is not connected again yet: until then the controller may still work at its commands.
+    fence: Option<Rc<Queue>>,
     /// A status said that the path is not what it seems: it is let alone until its thread has looked, or for a
     /// tick.
     suspect: bool,
@@ -257,7 +259,10 @@ impl Local {
         let mut paths = self.paths.borrow_mut();
         if let Some(path) = paths.get_mut(queue.path) {
             let is_it = |other: &Rc<Queue>| std::ptr::eq(Rc::as_ptr(other), queue);
-            path.queue.take_if(|other| is_it(other));
+            let ended = path.queue.take_if(|other| is_it(other));
+            if matches!(why, Why::Failed(_)) && ended.is_some() {
+                path.fence = ended;
+            }
         }
         drop(paths);
         let name = self.namespace().name().display();
@@ -271,6 +276,35 @@ impl Local {
                 why,
             };
             self.tell(queue.path, failed);
+        }
+    }
+
+    /// True if what changes data must not be done again yet that this queue had: its controller may still do it.
+    #[cold]
+    pub(super) fn is_fenced(&self, queue: &Rc<Queue>) -> bool {
+        let paths = self.paths.borrow();
+        let fence = paths.get(queue.path).and_then(|path| path.fence.as_ref());
+        fence.is_some_and(|fence| Rc::ptr_eq(fence, queue))
+    }
+
+    /// Nothing of an earlier queue of this path is executed any more, or nobody can say more about it.
+    #[cold]
+    fn lift_fence(&self, path: usize) {
+        let mut paths = self.paths.borrow_mut();
+        let fence = paths.get_mut(path).and_then(|path| path.fence.take());
+        drop(paths);
+        if fence.is_some() {
+            self.table.borrow_mut().lift_fence(path);
+        }
+    }
+
+    /// A path that is not connected any more has no queue to wait for.
+    #[cold]
+    fn lift_fences_of_lost_paths(&self) {
+        for (index, path) in self.namespace().paths().iter().enumerate() {
+            if path.state() != PathState::Live {
+                self.lift_fence(index);
+            }
         }
     }
 
@@ -326,9 +360,14 @@ impl Local {
                 if let Some(queue) = lost {
                     queue.end(self, Why::Told);
                 }
+                self.lift_fence(path);
             }
-            MemberEvent::Changed => self.trust_all_paths(),
+            MemberEvent::Changed => {
+                self.lift_fences_of_lost_paths();
+                self.trust_all_paths();
+            }
             MemberEvent::Refused { path, why } => {
+                self.lift_fence(path);
                 if let Some(path) = self.paths.borrow_mut().get_mut(path) {
                     path.refused = Some(why);
                 }
@@ -352,6 +391,7 @@ impl Local {
         if let Some(before) = before {
             before.end(self, Why::Told);
         }
+        self.lift_fence(path);
         match Queue::start(self, connection) {
             Ok(queue) => {
                 if let Some(path) = self.paths.borrow_mut().get_mut(path) {

@@ -466,8 +466,13 @@ impl Local {
     /// A queue has ended, and nothing of it touches memory any more: its commands are done again elsewhere. They
     /// may have been executed; doing the same to the same place once more changes nothing, because their callers
     /// have not been told of any end.
+    ///
+    /// Executed late they do change something: what was written to the same place after the repetition was
+    /// answered. So what changes data waits until the controller has granted the same queue again, which it does
+    /// only when it is done with the old one, or until the association is lost.
     #[cold]
     pub(super) fn queue_is_over(&self, queue: &Rc<Queue>) {
+        let fenced = self.is_fenced(queue);
         let mut table = self.table.borrow_mut();
         let is_its = |state: &State| matches!(state, State::InFlight { queue: q, .. } if Rc::ptr_eq(q, queue));
         for index in 0..table.commands.len() as u32 {
@@ -481,6 +486,9 @@ impl Local {
                 let why = "it got no answer in time, again and again; look at the target's storage";
                 let error = self.error(ErrorKind::Io, kind, offset, why);
                 self.finish_command(&mut table, index, Err(error));
+            } else if fenced && kind.changes_data() {
+                let path = queue.path;
+                table.commands[index as usize].state = State::Fenced { path };
             } else {
                 table.wait_in_order(index);
             }

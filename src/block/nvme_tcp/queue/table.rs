@@ -37,6 +37,14 @@ pub(in super::super) enum Kind {
 }
 
 impl Kind {
+    /// True if it changes the namespace's data: done late, it undoes what came after it.
+    pub(in super::super) fn changes_data(self) -> bool {
+        matches!(
+            self,
+            Self::Write | Self::Discard { .. } | Self::WriteZeroes { .. }
+        )
+    }
+
     /// For messages.
     pub(in super::super) fn name(self) -> &'static str {
         match self {
@@ -67,6 +75,10 @@ pub(super) enum State {
     Waiting,
     /// For the end of a delay, or for being cancelled.
     Put,
+    /// For this path to be connected again: its controller may still execute it.
+    Fenced {
+        path: usize,
+    },
     InFlight {
         queue: Rc<Queue>,
         tag: Tag,
@@ -219,6 +231,16 @@ impl Table {
             command.request == request && !matches!(command.state, State::Free)
         })
         .map(|(index, _)| index)
+    }
+
+    /// What waited for this path waits like everything else.
+    pub(in super::super) fn lift_fence(&mut self, path: usize) {
+        for index in 0..self.commands.len() as u32 {
+            let state = &self.commands[index as usize].state;
+            if matches!(state, State::Fenced { path: its } if *its == path) {
+                self.wait_in_order(index);
+            }
+        }
     }
 
     /// Puts a command where it was by its arrival.

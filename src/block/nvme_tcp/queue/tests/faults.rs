@@ -141,6 +141,37 @@ fn what_a_lost_connection_has_not_sent_never_arrives() {
     assert!(rig.peer().seen().len() < WRITES, "all have arrived");
 }
 
+#[test]
+fn a_write_of_a_queue_that_failed_alone_waits_for_that_queue_and_a_read_does_not() {
+    for connected in [true, false] {
+        let rig = first_of_two();
+        rig.path().reconnects.store(false, Ordering::SeqCst);
+        rig.peer().script(|_| Do::Hold);
+        let (mut first, mut second) = (rig.io.buf(LEN), rig.io.buf(LEN));
+        let written = rig.storage().begin_write(&rig.io, 0, first.sg());
+        let read = rig.storage().begin_read(&rig.io, 0, second.sg());
+        rig.until(|| rig.peer().seen().len() == 2);
+        rig.peer().cut();
+        rig.io.block_on(read.finish(&rig.io)).unwrap();
+        rig.until(|| rig.path().told("failed") == 1);
+        let elsewhere = || -> Vec<u8> {
+            let seen = rig.paths[1].peer.seen();
+            seen.iter().map(|command| command.opcode()).collect()
+        };
+        assert_eq!(elsewhere(), [2], "the write waits");
+        rig.peer().script(|_| Do::It);
+        if connected {
+            rig.path().go_up();
+        } else {
+            // The association is lost; this member has no queue of it any more.
+            rig.path().shared.set_state(PathState::Connecting);
+            rig.namespace.tell_all();
+        }
+        rig.io.block_on(written.finish(&rig.io)).unwrap();
+        assert_eq!(elsewhere(), if connected { vec![2] } else { vec![2, 1] });
+    }
+}
+
 fn with_timeout() -> Rig {
     let rig = Rig::new(Setup {
         io_timeout: Duration::from_millis(80),
