@@ -316,6 +316,11 @@ impl Association {
             return Ok(());
         };
         let qid = held.qid;
+        if held.fails_again() {
+            // The path's own delays apply then.
+            let text = format!("I/O queue {qid} fails again and again: {why}");
+            return Err(later(text));
+        }
         drop(held);
         // They are about commands that end with the connection; what follows may have their identifiers.
         self.aborts.retain(|(of, _)| *of != qid);
@@ -324,8 +329,9 @@ impl Association {
             self.label
         );
         let connected = self.connect_queue(qid, mailbox)?;
-        let (connection, held) =
+        let (connection, mut held) =
             connected.map_err(|refusal| refusal.trouble.during(format!("I/O queue {qid}")))?;
+        held.remade = true;
         if let Some(seat) = members.seat(number) {
             seat.queue = Some(held);
             seat.member

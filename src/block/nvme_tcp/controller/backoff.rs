@@ -6,8 +6,8 @@ use std::time::Duration;
 
 /// The delay before the second attempt.
 const SHORTEST: Duration = Duration::from_millis(20);
-/// An association that lived this long was a good one: the next attempt comes at once again.
-const GOOD: Duration = Duration::from_millis(500);
+/// An association, or a queue of one, that lived this long was a good one: the next attempt comes at once again.
+pub(super) const GOOD: Duration = Duration::from_millis(500);
 
 /// The delays between attempts: none, 20 ms, doubled each time, up to a longest one.
 #[derive(Debug)]

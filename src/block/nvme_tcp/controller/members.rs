@@ -2,7 +2,9 @@
 
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
+use std::time::Instant;
 
+use super::backoff::GOOD;
 use crate::block::nvme_tcp::link::{Member, MemberEvent};
 
 /// The members of a namespace, from one path's view.
@@ -31,11 +33,25 @@ pub(crate) struct Held {
     /// A second descriptor of its connection, to end it from here: then the controller is done with the queue, and
     /// the worker with the guest's memory that is on its way.
     connection: TcpStream,
+    since: Instant,
+    /// It was connected in the place of one that had failed.
+    pub(crate) remade: bool,
 }
 
 impl Held {
     pub(crate) fn new(qid: u16, connection: TcpStream) -> Self {
-        Self { qid, connection }
+        Self {
+            qid,
+            connection,
+            since: Instant::now(),
+            remade: false,
+        }
+    }
+
+    /// True if it has failed so soon after the one before that connecting it again at once would go round and
+    /// round.
+    pub(crate) fn fails_again(&self) -> bool {
+        self.remade && self.since.elapsed() < GOOD
     }
 }
 

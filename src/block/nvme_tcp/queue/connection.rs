@@ -34,6 +34,8 @@ pub(in super::super) struct Queue {
     receiver: Cell<Option<TaskId>>,
     /// It takes no more commands, and its tasks are about to end.
     ending: Cell<bool>,
+    /// Its controller broke the protocol, maybe by how it answers one of the commands.
+    pub(super) violated: Cell<bool>,
 }
 
 impl std::fmt::Debug for Queue {
@@ -87,6 +89,7 @@ impl Queue {
             sender: Cell::new(None),
             receiver: Cell::new(None),
             ending: Cell::new(false),
+            violated: Cell::new(false),
         });
         let io = local.io();
         let sender = io.spawn(send(Side::new(local, &queue)));
@@ -306,6 +309,7 @@ async fn receive(side: Side) {
         local.commands_ended(queue, &mut ended);
         if let Err(error) = done {
             if let Failure::Protocol(error) = &error {
+                queue.violated.set(true);
                 queue.terminate(error);
             }
             side.0.fail(error.to_string());

@@ -363,7 +363,10 @@ impl Local {
                     None => command.failures = u8::MAX,
                 }
             }
-            Class::Authenticate => queue.end(self, Why::Failed(status.to_string())),
+            Class::Authenticate => {
+                command.failures = command.failures.saturating_add(1);
+                queue.end(self, Why::Failed(status.to_string()));
+            }
             Class::Retry { crd } => {
                 command.failures = command.failures.saturating_add(1);
                 let units = usize::from(crd)
@@ -480,10 +483,22 @@ impl Local {
             if !is_its(&command.state) {
                 continue;
             }
-            let (kind, offset, failures) = (command.kind, command.extent.offset, command.failures);
+            let (kind, offset) = (command.kind, command.extent.offset);
+            let violated = queue.violated.get();
+            // One of them may be what the controller cannot answer, and would go round and round.
+            let failures = command.failures.saturating_add(violated.into());
             self.returned(&mut table, index);
+            table.commands[index as usize].failures = failures;
             if failures > RETRIES {
-                let why = "it got no answer in time, again and again; look at the target's storage";
+                let why = match violated {
+                    true => {
+                        "the controller breaks the protocol again and again; look at the log, and at the \
+                         target's version"
+                    }
+                    false => {
+                        "it got no answer in time, again and again; look at the target's storage"
+                    }
+                };
                 let error = self.error(ErrorKind::Io, kind, offset, why);
                 self.finish_command(&mut table, index, Err(error));
             } else if fenced && kind.changes_data() {

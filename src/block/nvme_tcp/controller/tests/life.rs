@@ -68,6 +68,8 @@ fn a_queue_that_failed_is_made_again_and_the_others_stay() {
     let namespace = open(spec(&target)).unwrap();
     let (mut a, mut b) = (Worker::new(&namespace), Worker::new(&namespace));
     let (first, second) = (a.connected(0), b.connected(0));
+    let mut c = Worker::new(&namespace);
+    let third = c.connected(0);
     namespace.paths()[0].send(PathCommand::QueueFailed {
         member: a.member.number(),
         generation: first.generation,
@@ -82,15 +84,39 @@ fn a_queue_that_failed_is_made_again_and_the_others_stay() {
         why: "the test says so".to_owned(),
     });
     namespace.paths()[0].send(PathCommand::QueueFailed {
-        member: a.member.number(),
-        generation: again.generation,
+        member: c.member.number(),
+        generation: third.generation,
         why: "the test says so".to_owned(),
     });
-    a.connected(0);
+    c.connected(0);
     let events = b.member.take_events();
     let anew = |event: &MemberEvent| matches!(event, MemberEvent::Connected(_));
     assert!(!events.iter().any(anew), "its queue was made anew");
     assert_eq!(target.counters().associations, 1);
+    close(&namespace, &target);
+}
+
+#[test]
+fn a_queue_that_fails_as_soon_as_it_is_made_again_ends_the_association() {
+    let target = one_port();
+    let namespace = open(spec(&target)).unwrap();
+    let mut worker = Worker::new(&namespace);
+    let first = worker.connected(0);
+    // Each time as soon as it is connected.
+    let next = loop {
+        let member = worker.member.number();
+        namespace.paths()[0].send(PathCommand::QueueFailed {
+            member,
+            generation: first.generation,
+            why: "the test says so".to_owned(),
+        });
+        let next = worker.connected(0);
+        if next.generation > first.generation {
+            break next;
+        }
+    };
+    assert_eq!(next.generation, first.generation + 1);
+    assert_eq!(target.counters().associations, 2);
     close(&namespace, &target);
 }
 

@@ -340,3 +340,28 @@ fn breaks_the_protocol(tls: bool) {
     assert_eq!(rig.path().told("failed: protocol error"), 1);
     rig.until(|| rig.peer().terminated() == 1);
 }
+
+#[test]
+fn a_command_that_makes_the_controller_break_the_protocol_fails_in_the_end() {
+    let rig = Rig::new(Setup::default());
+    rig.fill();
+    // A success without any data.
+    rig.peer().script(|command| match command.slba() {
+        0 => Do::Fail(0),
+        _ => Do::It,
+    });
+    let error = read(&rig, 0).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Io);
+    assert!(error.to_string().contains("breaks the protocol"), "{error}");
+    assert_eq!(rig.peer().seen().len(), 6);
+    read(&rig, 8192).unwrap();
+}
+
+#[test]
+fn a_command_that_is_refused_for_want_of_authentication_fails_in_the_end() {
+    let rig = Rig::new(Setup::default());
+    rig.peer().script(|_| Do::Fail(0x191));
+    let error = read(&rig, 0).unwrap_err();
+    assert!(error.to_string().contains("read failed"), "{error}");
+    assert_eq!(rig.peer().seen().len(), 6);
+}
