@@ -230,7 +230,8 @@ impl Local {
             let reason = match (shared.state(), &path.refused) {
                 (PathState::FailingFast, _) => "not connected for too long",
                 (PathState::Lost, _) => "given up",
-                (_, Some(why)) => why,
+                // It is of this association: with the next one there may be a queue.
+                (PathState::Live, Some(why)) => why,
                 _ => return None,
             };
             match addresses.get(index) {

@@ -233,6 +233,7 @@ fn a_request_fails_when_no_path_is_going_to_be_usable() {
         rig.paths[0].go_down(state);
         rig.namespace.tell_all();
         while rig.io.turn() {}
+        rig.paths[1].shared.set_state(PathState::Live);
         rig.paths[1].refuse("no queue is left");
         let error = rig.io.block_on(pending.finish(&rig.io)).unwrap_err();
         let text = error.to_string();
@@ -247,6 +248,22 @@ fn a_request_fails_when_no_path_is_going_to_be_usable() {
             .block_on(rig.storage().read(&other, 0, buf.sg()))
             .unwrap();
     }
+}
+
+#[test]
+fn a_refusal_of_an_association_that_is_over_fails_nothing() {
+    let rig = Rig::new(Setup {
+        up: false,
+        ..Setup::default()
+    });
+    let mut buf = rig.io.buf(LEN);
+    let pending = rig.storage().begin_read(&rig.io, 0, buf.sg());
+    rig.until(|| rig.path().told("join") == 1);
+    rig.path().refuse("no queue is left");
+    rig.namespace.tell_all();
+    while rig.io.turn() {}
+    rig.path().go_up();
+    rig.io.block_on(pending.finish(&rig.io)).unwrap();
 }
 
 #[test]
