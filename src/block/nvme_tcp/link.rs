@@ -221,6 +221,7 @@ pub struct Namespace {
     bytes: AtomicU64,
     largest: AtomicU64,
     state: AtomicU8,
+    write_cache: AtomicBool,
     paths: Box<[Arc<SharedPath>]>,
     members: Mutex<Vec<Weak<Member>>>,
     next_member: AtomicU64,
@@ -388,6 +389,7 @@ impl Namespace {
             bytes: AtomicU64::new(bytes),
             largest: AtomicU64::new(bytes),
             state: AtomicU8::new(NamespaceState::Present as u8),
+            write_cache: AtomicBool::new(false),
             paths,
             members: Mutex::new(Vec::new()),
             next_member: AtomicU64::new(1),
@@ -429,6 +431,18 @@ impl Namespace {
             1 => NamespaceState::WriteProtected,
             _ => NamespaceState::Removed,
         }
+    }
+
+    /// True if the controller of any queue so far has a volatile write cache: what went through it may be in there,
+    /// whichever path a flush takes.
+    #[inline]
+    pub fn has_write_cache(&self) -> bool {
+        self.write_cache.load(Ordering::Acquire)
+    }
+
+    /// A controller has a volatile write cache. To be called before anything is sent to it.
+    pub fn set_write_cache(&self) {
+        self.write_cache.store(true, Ordering::Release);
     }
 
     /// Its paths, in the order of the addresses.

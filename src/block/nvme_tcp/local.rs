@@ -379,6 +379,9 @@ impl Local {
     #[cold]
     fn connected(self: &Rc<Self>, connection: IoConnection) {
         let (path, generation) = (connection.path, connection.generation);
+        if connection.limits.volatile_write_cache {
+            self.namespace().set_write_cache();
+        }
         let before = {
             let mut paths = self.paths.borrow_mut();
             let Some(path) = paths.get_mut(path).filter(|p| p.generation <= generation) else {

@@ -235,8 +235,9 @@ impl Local {
             }
             Kind::Wait => None,
             // Base 7.1: it concerns the namespace, whichever controller wrote to it.
-            Kind::Flush => limits
-                .volatile_write_cache
+            Kind::Flush => self
+                .namespace()
+                .has_write_cache()
                 .then(|| (extent.len, Sqe::flush(nsid))),
             Kind::Discard { ranges } => {
                 let sqe = limits
@@ -259,7 +260,7 @@ impl Local {
         match kind {
             Kind::Wait => Ok(()),
             // Everything that completed is durable, and a discard is a hint.
-            Kind::Flush if !queue.limits.volatile_write_cache => Ok(()),
+            Kind::Flush if !self.namespace().has_write_cache() => Ok(()),
             Kind::Discard { .. } if !queue.limits.discards => Ok(()),
             kind => {
                 let why = "the controller does not know the command";

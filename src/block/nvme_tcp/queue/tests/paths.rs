@@ -50,6 +50,24 @@ fn optimized_paths_come_before_others() {
 }
 
 #[test]
+fn a_flush_is_sent_if_any_path_has_a_write_cache() {
+    let mut setup = Setup {
+        paths: 2,
+        without_cache: Some(1),
+        ..Setup::default()
+    };
+    setup.limits.volatile_write_cache = true;
+    let rig = Rig::new(setup);
+    for only in [0, 1] {
+        rig.paths[1 - only].shared.set_access(Access::Inaccessible);
+        rig.paths[only].shared.set_access(Access::Optimized);
+        read(&rig).unwrap();
+    }
+    rig.io.block_on(rig.storage().flush(&rig.io)).unwrap();
+    assert_eq!(seen(&rig), [1, 2]);
+}
+
+#[test]
 fn round_robin_takes_turns() {
     let rig = two_paths(IoPolicy::RoundRobin);
     (0..10).for_each(|_| read(&rig).unwrap());

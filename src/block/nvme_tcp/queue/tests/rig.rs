@@ -28,6 +28,8 @@ pub struct Setup {
     pub limits: ControllerLimits,
     pub boundary: u64,
     pub paths: usize,
+    /// The controller of this path has no volatile write cache.
+    pub without_cache: Option<usize>,
     pub io_timeout: Duration,
     pub ctrl_loss: Option<Duration>,
     pub policy: IoPolicy,
@@ -66,6 +68,7 @@ impl Default for Setup {
             },
             boundary: 0,
             paths: 1,
+            without_cache: None,
             io_timeout: Duration::from_secs(30),
             ctrl_loss: None,
             policy: IoPolicy::QueueDepth,
@@ -290,7 +293,11 @@ impl Rig {
                     },
                     tls: setup.tls,
                     params: setup.params,
-                    limits: setup.limits,
+                    limits: ControllerLimits {
+                        volatile_write_cache: setup.limits.volatile_write_cache
+                            && setup.without_cache != Some(index),
+                        ..setup.limits
+                    },
                     members: Mutex::new(Vec::new()),
                     up: AtomicBool::new(setup.up),
                     reconnects: AtomicBool::new(true),
