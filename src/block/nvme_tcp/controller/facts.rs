@@ -11,6 +11,7 @@ use crate::block::Limits;
 use crate::block::error::ErrorKind;
 use crate::block::nvme_tcp::host::uuid_text;
 use crate::block::nvme_tcp::link::{ControllerLimits, Geometry};
+use crate::block::nvme_tcp::machine::MAX_SEND_BYTES;
 use crate::block::nvme_tcp::spec::NamespaceName;
 use crate::block::nvme_tcp::wire::command::{CSI_NVM, cns};
 use crate::block::nvme_tcp::wire::identify::{
@@ -24,6 +25,9 @@ const MAX_NAMESPACES: usize = 16 << 10;
 const LISTED: usize = 16;
 /// Blocks of one command, at most (NLB).
 const MAX_BLOCKS: u64 = 1 << 16;
+/// Most bytes of a read or write command, whatever the controller takes: what is sent at one go. It bounds how long
+/// others wait behind one command, and with data digests the memory of a queue's copies.
+const MAX_TRANSFER: u64 = MAX_SEND_BYTES as u64;
 /// Sizes that a namespace likes better than these are not believed, bytes.
 const MAX_PHYSICAL: u64 = 1 << 20;
 
@@ -215,7 +219,7 @@ impl Reader<'_> {
         };
         let or_most = |limit: u64, most: u64| if limit == 0 { most } else { limit.min(most) };
         Ok(ControllerLimits {
-            max_transfer: u32::try_from(transfer).unwrap_or(u32::MAX),
+            max_transfer: transfer.min(MAX_TRANSFER) as u32,
             discards: controller.has_dataset_management(),
             max_discard_ranges: or_most(more.dmrl.into(), 256) as u16,
             max_discard_range_blocks: or_most(more.dmrsl.into(), u32::MAX.into()) as u32,

@@ -48,6 +48,18 @@ fn a_controller_with_one_queue_is_refused() {
 }
 
 #[test]
+fn a_controller_that_takes_transfers_of_any_size_gets_none_above_a_mebibyte() {
+    let subsystem = SubsystemSpec::new(nvme_target::DEFAULT_NQN)
+        .namespace(NamespaceSpec::new(1, 1 << 20))
+        .with(|controller| controller.mdts = 0);
+    let target = Target::builder().subsystem(subsystem).start().unwrap();
+    let namespace = open(spec(&target)).unwrap();
+    let queue = Worker::new(&namespace).connected(0);
+    assert_eq!(queue.limits.max_transfer, 1 << 20);
+    close(&namespace, &target);
+}
+
+#[test]
 fn after_a_loss_all_members_get_new_queues() {
     let target = two_ports();
     let namespace = open(spec(&target)).unwrap();
