@@ -79,6 +79,8 @@ pub enum Data {
     None,
     /// From the controller, into this memory.
     Read(Sg<'static>),
+    /// From the controller, which may have less to say than this memory takes. The rest of it is left as it is.
+    ReadAtMost(Sg<'static>),
     /// To the controller, from this memory.
     Write(Sg<'static>),
 }
@@ -222,7 +224,7 @@ impl Machine {
         }
         let (sg, mut kind) = match data {
             Data::None => (Sg::empty(), Kind::None),
-            Data::Read(sg) => (sg, Kind::Read),
+            Data::Read(sg) | Data::ReadAtMost(sg) => (sg, Kind::Read),
             Data::Write(sg) => (sg, Kind::Write),
         };
         let length = u32::try_from(sg.len()).ok()?;
@@ -252,6 +254,7 @@ impl Machine {
             slot.header[CAPSULE_CMD_HEADER..].copy_from_slice(&crc);
         }
         slot.rest = sg;
+        slot.may_be_short = matches!(data, Data::ReadAtMost(_));
         if self.host.data_digest && matches!(kind, Kind::InCapsule | Kind::Write) {
             // Its own copy: see the module's documentation.
             if slot.staged.len() < length as usize {

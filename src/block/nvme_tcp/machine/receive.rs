@@ -330,7 +330,9 @@ impl Machine {
         if cqe.status.is_success() {
             let slot = self.slots.get(index);
             let why = match slot.kind {
-                Kind::Read if slot.done != slot.length => "success without all of its data",
+                Kind::Read if slot.done != slot.length && !slot.may_be_short => {
+                    "success without all of its data"
+                }
                 Kind::Write if slot.done != slot.length || slot.r2ts_outstanding > 0 => {
                     "success before all of its data were sent"
                 }
@@ -386,7 +388,7 @@ impl Machine {
         if length % 4 != 0 && end != size {
             return Err(unaligned(pdu, "DATAL", length, header));
         }
-        if flags & FLAG_SUCCESS != 0 && end != size {
+        if flags & FLAG_SUCCESS != 0 && end != size && !slot.may_be_short {
             let why = "SUCCESS without all of its data";
             return Err(sequence(pdu, cid, why, header));
         }

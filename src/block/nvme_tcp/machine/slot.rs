@@ -37,6 +37,8 @@ pub(super) struct Slot {
     /// The command identifier while the controller may name it, else [`INACTIVE`].
     active: u32,
     pub(super) kind: Kind,
+    /// Fewer data than its length are no violation.
+    pub(super) may_be_short: bool,
     /// The capsule was not accounted for by `sent()`.
     pub(super) capsule_queued: bool,
     /// A C2HData with LAST_PDU has come.
@@ -82,6 +84,7 @@ impl Slot {
         Self {
             active: INACTIVE,
             kind: Kind::None,
+            may_be_short: false,
             capsule_queued: false,
             last_seen: false,
             digest_failed: false,

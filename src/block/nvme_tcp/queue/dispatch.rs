@@ -161,7 +161,7 @@ impl Local {
             let data = match kind {
                 Kind::Read => Data::Read(first),
                 Kind::Write | Kind::Discard { .. } => Data::Write(first),
-                Kind::Reservation(action) if action.reads() => Data::Read(first),
+                Kind::Reservation(action) if action.reads() => Data::ReadAtMost(first),
                 Kind::Reservation(_) => Data::Write(first),
                 Kind::Wait | Kind::Flush | Kind::WriteZeroes { .. } => Data::None,
             };

@@ -222,6 +222,25 @@ fn success_before_all_data_of_a_read_is_fatal() {
 }
 
 #[test]
+fn success_before_all_data_is_none_where_there_may_be_less() {
+    for with_data in [false, true] {
+        let mut rig = Rig::new(plain());
+        let memory = Memory::new(&[64]);
+        let sqe = Sqe::reservation_report(1, 64);
+        let tag = rig.begin(sqe, Data::ReadAtMost(memory.sg()), 7);
+        rig.drain();
+        let stream = match with_data {
+            true => rig.c2h(tag, 0, &[1; 32], LAST | SUCCESS),
+            false => rig.response(tag, 0, 0),
+        };
+        rig.feed(&stream).expect("no violation");
+        assert_eq!(rig.ended.len(), 1);
+        assert_eq!(memory.bytes()[..32], [u8::from(with_data); 32]);
+        assert_eq!(memory.bytes()[32..], [0; 32]);
+    }
+}
+
+#[test]
 fn success_of_a_write_whose_data_were_not_all_sent_is_fatal() {
     // Nothing asked for; half of it asked for; all of it asked for and not sent.
     for asked in [0, 32, 64] {
