@@ -380,9 +380,11 @@ impl Local {
         if cancelled || command.failures > RETRIES {
             return fail(table);
         }
+        // A target may name hours.
+        let longest = self.namespace().spec().options.io_timeout;
         match delay.is_zero() {
             true => table.wait_in_order(index),
-            false => self.retry_later(table, index, delay),
+            false => self.retry_later(table, index, delay.min(longest)),
         }
     }
 

@@ -314,6 +314,24 @@ fn a_retry_waits_as_long_as_the_controller_asks() {
 }
 
 #[test]
+fn a_retry_waits_no_longer_than_a_command_may_take() {
+    let mut setup = Setup {
+        io_timeout: Duration::from_millis(80),
+        ..Setup::default()
+    };
+    setup.limits.retry_delays = [u16::MAX; 3];
+    let rig = Rig::new(setup);
+    rig.fill();
+    rig.peer().script(|command| match command.number {
+        0 => Do::Fail(0x021 | 1 << 11),
+        _ => Do::It,
+    });
+    let start = Instant::now();
+    read(&rig, 0).unwrap();
+    assert!(start.elapsed() < Duration::from_secs(6553));
+}
+
+#[test]
 fn a_controller_that_breaks_the_protocol_is_told_so_and_connected_anew() {
     for tls in [false, true] {
         breaks_the_protocol(tls);
