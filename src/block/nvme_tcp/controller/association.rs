@@ -34,8 +34,9 @@ const COMMANDS_A_TURN: usize = 64;
 const TO_SEND: Duration = Duration::from_secs(1);
 /// How long the controller gets to shut down. A target that takes longer does so on its own.
 const TO_SHUT_DOWN: Duration = Duration::from_secs(1);
-/// I/O queues that are asked for at least.
-const MIN_QUEUES: usize = 8;
+/// I/O queues that are asked for; the controller grants what it has. One for each of the most workers that there
+/// can be, and two for those that join a little before others leave.
+const QUEUES: u16 = 258;
 
 /// A connected controller.
 #[derive(Debug)]
@@ -66,11 +67,8 @@ impl Association {
         deadline: Instant,
         mailbox: &mut Mailbox,
     ) -> Result<Self> {
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        // Each worker has one, and who joins a little before another leaves should not have to wait.
-        let queues = u16::try_from((cpus + 2).max(MIN_QUEUES)).unwrap_or(u16::MAX);
         let name = &common.spec.namespace;
-        let ground = ready.ground(&common.target, name, queues, deadline, mailbox)?;
+        let ground = ready.ground(&common.target, name, QUEUES, deadline, mailbox)?;
         let namespace = common.found(path, &ground.facts)?;
         let kato = common.spec.options.keep_alive;
         let mut association = Self {

@@ -60,6 +60,17 @@ fn a_controller_that_takes_transfers_of_any_size_gets_none_above_a_mebibyte() {
 }
 
 #[test]
+fn there_are_as_many_queues_as_the_controller_grants() {
+    let target = granting(64);
+    let namespace = open(spec(&target)).unwrap();
+    let mut workers: Vec<_> = (0..20).map(|_| Worker::new(&namespace)).collect();
+    workers
+        .iter_mut()
+        .for_each(|worker| drop(worker.connected(0)));
+    close(&namespace, &target);
+}
+
+#[test]
 fn after_a_loss_all_members_get_new_queues() {
     let target = two_ports();
     let namespace = open(spec(&target)).unwrap();
