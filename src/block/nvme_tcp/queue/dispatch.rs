@@ -183,6 +183,7 @@ impl Local {
             command.extent.len = len;
             command.extent.data = first;
             command.begun = self.now.get();
+            command.held = 0;
             command.aborted = false;
             let number = command.number;
             command.state = State::InFlight { queue, tag };

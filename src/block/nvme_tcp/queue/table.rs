@@ -98,7 +98,7 @@ pub(super) struct Command {
     /// Failures in a row that were the path's, and the tick of the first of them.
     pub(super) path_failures: u32,
     pub(super) path_failed_at: u32,
-    /// Ticks that it has waited while no path was usable.
+    /// Ticks that it has waited while no path was usable, since it was begun last.
     pub(super) held: u32,
     /// Tick at which it was begun last.
     pub(super) begun: u32,
