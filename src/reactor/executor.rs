@@ -180,8 +180,11 @@ impl Executor {
     }
 
     pub(super) fn remove_all(&self) {
-        let count = self.tasks.borrow().len() as u32;
-        (0..count).for_each(|index| self.remove(TaskId(index)));
+        // The end of a task may be the beginning of another.
+        while self.tasks.borrow().iter().any(|task| task.alive) {
+            let count = self.tasks.borrow().len() as u32;
+            (0..count).for_each(|index| self.remove(TaskId(index)));
+        }
     }
 
     #[inline]

@@ -148,6 +148,32 @@ fn tasks_run_interleaved_and_sleepers_wake() {
     io.close();
 }
 
+/// Begins a task when it is dropped.
+struct Begins(Io, std::rc::Rc<()>);
+
+impl Drop for Begins {
+    fn drop(&mut self) {
+        let its = self.1.clone();
+        self.0.spawn(async move {
+            std::future::pending::<()>().await;
+            drop(its);
+        });
+    }
+}
+
+#[test]
+fn a_task_that_begins_while_the_reactor_closes_ends_too() {
+    let io = io();
+    let count = std::rc::Rc::new(());
+    let begins = Begins(io.clone(), count.clone());
+    io.spawn(async move {
+        std::future::pending::<()>().await;
+        drop(begins);
+    });
+    io.close();
+    assert_eq!(std::rc::Rc::strong_count(&count), 1);
+}
+
 #[test]
 fn a_closed_file_is_let_go_by_the_ring() {
     let io = io();
