@@ -310,9 +310,14 @@ impl Machine {
             ended(self.slots.release(index, status, result));
             return;
         }
+        let is_under_way = slot.unlisted == 0 && self.send.is_listed();
         slot.conclude(status, result);
         self.concluded += 1;
-        self.cancel_unstarted(ended);
+        // The common case is an answer that overtakes the account of its send: then there is nothing to look for,
+        // and what the kernel leaves of the list is looked at when that comes.
+        if !is_under_way {
+            self.cancel_unstarted(ended);
+        }
     }
 
     /// Takes PDUs of answered commands out of the queue, unless they are on their way.

@@ -39,6 +39,8 @@ pub(super) struct Pdu {
     h2c: u16,
     header_len: u8,
     padding: u8,
+    /// It was in a list.
+    listed: bool,
     /// The last of its R2T, which counts against the limit until this was listed.
     ends_r2t: bool,
 }
@@ -95,6 +97,7 @@ impl Sender {
             h2c: NIL,
             header_len: self.capsule_header,
             padding: 0,
+            listed: false,
             ends_r2t: false,
         };
         if in_capsule > 0 {
@@ -107,6 +110,11 @@ impl Sender {
 
     pub(super) fn between_pdus(&self) -> bool {
         self.head_sent == 0
+    }
+
+    /// True while a list is being sent.
+    pub(super) fn is_listed(&self) -> bool {
+        self.listed > 0
     }
 
     /// True if the slot's capsule was listed or sent, so that the controller can know of it.
@@ -207,6 +215,10 @@ impl Machine {
             }
             listed += 1;
             let slot = slots.get_mut(pdu.slot);
+            if !pdu.listed {
+                pdu.listed = true;
+                slot.unlisted -= 1;
+            }
             let (header, data_digest) = match send.headers.get(usize::from(pdu.h2c)) {
                 None => (slot.header.as_ptr(), slot.digest.as_ptr()),
                 Some(header) => (header.bytes.as_ptr(), header.data_digest.as_ptr()),
@@ -332,10 +344,12 @@ impl Machine {
                 h2c,
                 header_len: self.send.data_header,
                 padding: self.send.data_padding,
+                listed: false,
                 ends_r2t: last,
             };
             slot.queued += len;
             slot.unsent += 1;
+            slot.unlisted += 1;
             self.send.queue.push_back(pdu);
             if last {
                 self.slots.pop_r2t(index);

@@ -59,6 +59,8 @@ pub(super) struct Slot {
     pub(super) queued: u32,
     /// PDUs in the queue to send.
     pub(super) unsent: u32,
+    /// Those of them that were in no list yet.
+    pub(super) unlisted: u32,
     /// R2Ts whose data were not all listed: those that count against the limit.
     pub(super) r2ts_outstanding: u32,
     /// Where in the slot's ring the first pending R2T is, and how many there are.
@@ -96,6 +98,7 @@ impl Slot {
             done: 0,
             queued: 0,
             unsent: 0,
+            unlisted: 0,
             r2ts_outstanding: 0,
             r2t_first: 0,
             r2t_count: 0,
@@ -227,6 +230,7 @@ impl Slots {
         slot.done = 0;
         slot.queued = 0;
         slot.unsent = 1;
+        slot.unlisted = 1;
         slot.r2ts_outstanding = 0;
         slot.r2t_count = 0;
         slot.previous = newest;
