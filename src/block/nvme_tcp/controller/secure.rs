@@ -9,7 +9,7 @@ use std::time::Instant;
 use super::channel::{Channel, succeeded};
 use super::dial;
 use super::setup::Target;
-use super::trouble::{Result, kind_of, later, never};
+use super::trouble::{Failure, Result, Trouble, kind_of, later, never};
 use super::wait::{Waiter, Want};
 use crate::block::error::{Error, ErrorKind};
 use crate::block::nvme_tcp::auth::{AuthConfig, Authentication, Reason, Step};
@@ -188,17 +188,13 @@ impl Security {
                 Step::Send(message) => {
                     let sqe = Sqe::authentication_send(message.len() as u32);
                     let end = channel.run_with(sqe, &message, deadline, waiter);
-                    succeeded(
-                        end.map_err(|trouble| trouble.during("authentication"))?,
-                        "Authentication Send",
-                    )?;
+                    succeeded(end.map_err(without_a_word)?, "Authentication Send")?;
                 }
                 Step::Receive(most) => {
                     let most = most as u32;
                     let sqe = Sqe::authentication_receive(most);
                     let received = channel.run_for(sqe, most, deadline, waiter);
-                    let (end, message) =
-                        received.map_err(|trouble| trouble.during("authentication"))?;
+                    let (end, message) = received.map_err(without_a_word)?;
                     succeeded(end, "Authentication Receive")?;
                     // What is wrong with it is told by the next step, behind what the controller is to be told.
                     if let Err(error) = transaction.received(&message) {
@@ -247,5 +243,20 @@ impl Security {
             ));
         }
         Ok(())
+    }
+}
+
+/// What ended an authentication without a message of the protocol. A target may close the connection before its
+/// failure message is read.
+fn without_a_word(trouble: Trouble) -> Trouble {
+    match trouble {
+        Trouble::Closed => Trouble::Closed,
+        Trouble::Failed(failure) => Trouble::Failed(Failure {
+            text: format!(
+                "authentication: {}; if that happens again, check the host's secret (dhchap-secret) here and there",
+                failure.text
+            ),
+            ..failure
+        }),
     }
 }
