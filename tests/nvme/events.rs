@@ -217,6 +217,7 @@ fn events_of_access_states_choose_the_path() {
     let subsystem = rig.target.subsystem(0).clone();
     let states = [
         AnaState::Inaccessible,
+        AnaState::PersistentLoss,
         AnaState::NonOptimized,
         AnaState::Change,
     ];

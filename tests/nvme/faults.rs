@@ -227,9 +227,7 @@ impl<'a> Weather<'a> {
             0 => ana(AnaState::NonOptimized),
             1 => ana(AnaState::Inaccessible),
             2 => ana(AnaState::Change),
-            // Of an only path it is the end: nothing is to be waited for.
-            3 if self.target.ports().len() > 1 => ana(AnaState::PersistentLoss),
-            3 => ana(AnaState::Inaccessible),
+            3 => ana(AnaState::PersistentLoss),
             4 => closed(Listening::Refuse),
             5 => closed(Listening::Close),
             6 => closed(Listening::Hang),

@@ -230,9 +230,6 @@ impl Local {
             let reason = match (shared.state(), &path.refused) {
                 (PathState::FailingFast, _) => "not connected for too long",
                 (PathState::Lost, _) => "given up",
-                (PathState::Live, _) if shared.access() == Access::PersistentLoss => {
-                    "the namespace does not work there any more (ANA Persistent Loss)"
-                }
                 // It is of this association: with the next one there may be a queue.
                 (PathState::Live, Some(why)) => why,
                 _ => return None,

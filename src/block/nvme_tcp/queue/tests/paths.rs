@@ -269,16 +269,6 @@ fn a_request_fails_when_no_path_is_going_to_be_usable() {
 }
 
 #[test]
-fn a_request_fails_when_access_is_lost_for_good_on_every_path() {
-    let rig = two_paths(IoPolicy::RoundRobin);
-    rig.paths[0].shared.set_access(Access::PersistentLoss);
-    read(&rig).unwrap();
-    rig.paths[1].shared.set_access(Access::PersistentLoss);
-    let error = read(&rig).unwrap_err();
-    assert!(error.to_string().contains("Persistent Loss"), "{error}");
-}
-
-#[test]
 fn a_refusal_of_an_association_that_is_over_fails_nothing() {
     let rig = Rig::new(Setup {
         up: false,
