@@ -114,7 +114,7 @@ impl Local {
         let mut table = self.table.borrow_mut();
         let request = table.new_request(op);
         let command = table.new_command(request, kind, extent);
-        if table.waiting.is_empty() {
+        if table.waiting.is_empty() && table.alone.is_none() {
             match self.try_begin(&mut table, command) {
                 Begun::All => {}
                 Begun::Full(rest) => table.wait_in_order(rest),
@@ -294,6 +294,9 @@ impl Local {
         let number = command.request;
         if let State::InFlight { queue, .. } = std::mem::replace(&mut command.state, State::Put) {
             queue.in_flight.set(queue.in_flight.get() - 1);
+            if table.alone == Some(index) {
+                table.alone = None;
+            }
             if let Some(request) = table.request(number) {
                 request.in_flight -= 1;
                 if request.in_flight == 0 {
@@ -425,11 +428,17 @@ impl Local {
         });
     }
 
-    /// Begins what waits, in its order, as far as that is possible; fails what has no hope.
+    /// Begins what waits, in its order, as far as that is possible; fails what has no hope. A command that may make
+    /// the controller break the protocol goes alone, so that it takes no other along again and again.
     #[cold]
     pub(in super::super) fn pump(&self) {
         let mut table = self.table.borrow_mut();
-        while let Some(index) = table.waiting.pop_front() {
+        while let (None, Some(&index)) = (table.alone, table.waiting.front()) {
+            let suspect = table.commands[index as usize].is_suspect();
+            if suspect && table.is_any_in_flight() {
+                return;
+            }
+            table.waiting.pop_front();
             table.commands[index as usize].state = State::Put;
             let number = table.commands[index as usize].request;
             let Some(request) = table.request(number) else {
@@ -443,7 +452,12 @@ impl Local {
                 // Its task is to be removed, and takes it along.
                 continue;
             }
-            match self.try_begin(&mut table, index) {
+            let begun = self.try_begin(&mut table, index);
+            let state = &table.commands[index as usize].state;
+            if suspect && matches!(state, State::InFlight { .. }) {
+                table.alone = Some(index);
+            }
+            match begun {
                 Begun::All => {}
                 Begun::Full(rest) => {
                     table.wait_in_order(rest);
@@ -480,7 +494,9 @@ impl Local {
     #[cold]
     pub(super) fn queue_is_over(&self, queue: &Rc<Queue>) {
         let fenced = self.is_fenced(queue);
+        let violated = queue.violated.get();
         let mut table = self.table.borrow_mut();
+        let alone = table.alone;
         let is_its = |state: &State| matches!(state, State::InFlight { queue: q, .. } if Rc::ptr_eq(q, queue));
         for index in 0..table.commands.len() as u32 {
             let command = &table.commands[index as usize];
@@ -488,21 +504,20 @@ impl Local {
                 continue;
             }
             let (kind, offset) = (command.kind, command.extent.offset);
-            let violated = queue.violated.get();
+            let failures = command.failures;
             // One of them may be what the controller cannot answer, and would go round and round.
-            let failures = command.failures.saturating_add(violated.into());
+            let counts = violated && (alone == Some(index) || !command.is_suspect());
+            let violations = command.violations.saturating_add(counts.into());
             self.returned(&mut table, index);
-            table.commands[index as usize].failures = failures;
-            if failures > RETRIES {
-                let why = match violated {
-                    true => {
-                        "the controller breaks the protocol again and again; look at the log, and at the \
-                         target's version"
-                    }
-                    false => {
-                        "it got no answer in time, again and again; look at the target's storage"
-                    }
-                };
+            table.commands[index as usize].violations = violations;
+            let why = if violations > RETRIES {
+                "the controller breaks the protocol again and again; look at the log, and at the target's version"
+            } else if failures > RETRIES {
+                "it got no answer in time, again and again; look at the target's storage"
+            } else {
+                ""
+            };
+            if !why.is_empty() {
                 let error = self.error(ErrorKind::Io, kind, offset, why);
                 self.finish_command(&mut table, index, Err(error));
             } else if fenced && kind.changes_data() {

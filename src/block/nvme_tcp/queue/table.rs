@@ -95,6 +95,8 @@ pub(super) struct Command {
     pub(super) number: u64,
     /// Failures so far that are not the connections'.
     pub(super) failures: u8,
+    /// Connections that ended by a violation of the protocol while it was under way.
+    pub(super) violations: u8,
     /// Failures in a row that were the path's, and the tick of the first of them.
     pub(super) path_failures: u32,
     pub(super) path_failed_at: u32,
@@ -126,11 +128,23 @@ pub(in super::super) struct Table {
     free_commands: Vec<u32>,
     /// In order of arrival.
     pub(super) waiting: VecDeque<u32>,
+    /// The command that is under way with no other beside it; none is begun until it has come back.
+    pub(super) alone: Option<u32>,
     next_number: u64,
 }
 
 /// Entries made at first.
 const CAPACITY: usize = 128;
+/// So many violations of the protocol may be chance, or the doing of another command that was under way. From then
+/// on a command is sent alone, and further ones are its own.
+const SUSPECT: u8 = 2;
+
+impl Command {
+    /// True if the controller's violations may be its doing.
+    pub(super) fn is_suspect(&self) -> bool {
+        self.violations >= SUSPECT
+    }
+}
 
 impl Table {
     pub(in super::super) fn new() -> Self {
@@ -140,6 +154,7 @@ impl Table {
             commands: Vec::with_capacity(CAPACITY),
             free_commands: Vec::with_capacity(CAPACITY),
             waiting: VecDeque::with_capacity(CAPACITY),
+            alone: None,
             next_number: 0,
         }
     }
@@ -185,6 +200,7 @@ impl Table {
             state: State::Put,
             number,
             failures: 0,
+            violations: 0,
             path_failures: 0,
             path_failed_at: 0,
             held: 0,
@@ -217,6 +233,12 @@ impl Table {
     #[inline]
     pub(super) fn request(&mut self, index: u32) -> Option<&mut Request> {
         self.requests.get_mut(index as usize)?.as_mut()
+    }
+
+    /// True if a machine has a command.
+    pub(super) fn is_any_in_flight(&self) -> bool {
+        let in_flight = |command: &Command| matches!(command.state, State::InFlight { .. });
+        self.commands.iter().any(in_flight)
     }
 
     /// True if there is a request.

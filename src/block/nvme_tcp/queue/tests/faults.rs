@@ -375,6 +375,62 @@ fn a_command_that_makes_the_controller_break_the_protocol_fails_in_the_end() {
     read(&rig, 8192).unwrap();
 }
 
+/// Reads at once, one for each result: all bytes of those that succeed are right.
+fn reads(rig: &Rig, count: usize) -> Vec<Result<()>> {
+    let mut bufs: Vec<_> = (0..count).map(|_| rig.io.buf(LEN)).collect();
+    let place = |n: usize| (n * LEN) as u64;
+    let results = rig.io.block_on(async {
+        let pending: Vec<_> = (0..)
+            .zip(&mut bufs)
+            .map(|(n, buf)| rig.storage().begin_read(&rig.io, place(n), buf.sg()))
+            .collect();
+        all(pending.into_iter().map(|one| one.finish(&rig.io))).await
+    });
+    for (n, result) in results.iter().enumerate() {
+        let right = |(at, byte): (u64, &u8)| *byte == pattern(at);
+        assert!(
+            result.is_err() || (place(n)..).zip(&*bufs[n]).all(right),
+            "{n}"
+        );
+    }
+    results
+}
+
+#[test]
+fn a_command_that_makes_the_controller_break_the_protocol_takes_no_other_along() {
+    let rig = Rig::new(Setup::default());
+    rig.fill();
+    // A success without any data. What was sent behind it gets no answer.
+    rig.peer().script(|command| match command.slba() {
+        0 => Do::Fail(0),
+        _ => Do::It,
+    });
+    let results = reads(&rig, 32);
+    let error = results[0].as_ref().unwrap_err();
+    assert!(error.to_string().contains("breaks the protocol"), "{error}");
+    for result in &results[1..] {
+        result.as_ref().unwrap();
+    }
+}
+
+#[test]
+fn a_controller_that_breaks_the_protocol_now_and_then_costs_no_request() {
+    let rig = Rig::new(Setup::default());
+    rig.fill();
+    let mut count = 0;
+    rig.peer().script(move |_| {
+        count += 1;
+        match count % 7 {
+            0 => Do::Fail(0),
+            _ => Do::It,
+        }
+    });
+    for result in reads(&rig, 64) {
+        result.unwrap();
+    }
+    assert!(rig.path().told("failed: protocol error") > 6);
+}
+
 #[test]
 fn a_command_that_is_refused_for_want_of_authentication_fails_in_the_end() {
     let rig = Rig::new(Setup::default());
