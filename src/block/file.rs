@@ -444,10 +444,15 @@ pub(super) struct Pending<'a> {
     write: bool,
 }
 
-impl Pending<'_> {
-    /// Bytes of the transfer.
-    pub(super) fn len(&self) -> usize {
-        self.sg.len()
+impl<'a> Pending<'a> {
+    /// Where in the file it is.
+    pub(super) fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// The memory that is transferred.
+    pub(super) fn sg(&self) -> Sg<'a> {
+        self.sg
     }
 
     #[inline]

@@ -152,17 +152,18 @@ impl CryptStorage {
         offset: u64,
         to: Sg<'a>,
     ) -> Pending<'a> {
-        let mut pending = Pending {
-            storage: self,
-            under: None,
-            offset,
-            to,
+        let under = match (&*self.below, Self::is_whole(offset, to.len())) {
+            (Storage::File(file), true) => {
+                let (inside, beyond) = to.split_at(self.inside(offset, to.len()));
+                beyond.zero();
+                Under::File(file.begin_read(io, self.place(offset), inside))
+            }
+            _ => Under::Later { offset, to },
         };
-        if let (Storage::File(file), true) = (&*self.below, Self::is_whole(offset, to.len())) {
-            let inside = to.split_at(self.inside(offset, to.len())).0;
-            pending.under = Some(file.begin_read(io, self.place(offset), inside));
+        Pending {
+            storage: self,
+            under,
         }
-        pending
     }
 
     pub(in crate::block) async fn read(&self, io: &Io, offset: u64, to: Sg<'_>) -> Result<()> {
@@ -305,26 +306,32 @@ impl CryptStorage {
 #[derive(Debug)]
 pub(in crate::block) struct Pending<'a> {
     storage: &'a CryptStorage,
-    /// None: it begins when it is finished.
-    under: Option<file::Pending<'a>>,
-    offset: u64,
-    to: Sg<'a>,
+    under: Under<'a>,
+}
+
+#[derive(Debug)]
+enum Under<'a> {
+    /// It has begun, in whole sectors, and knows where it is. What lies past the end is zeros already.
+    File(file::Pending<'a>),
+    /// It begins when it is finished.
+    Later { offset: u64, to: Sg<'a> },
 }
 
 impl Pending<'_> {
     #[inline]
     pub(in crate::block) async fn finish(self, io: &Io) -> Result<()> {
-        let (storage, offset, to) = (self.storage, self.offset, self.to);
-        if let Some(under) = self.under {
-            let (inside, beyond) = to.split_at(under.len());
-            under.finish(io).await?;
-            storage.decrypt(offset, inside);
-            beyond.zero();
-            return Ok(());
-        }
-        match CryptStorage::is_whole(offset, to.len()) {
-            true => Box::pin(storage.read_sectors(io, offset, to)).await,
-            false => Box::pin(storage.read_in_part(io, offset, to)).await,
+        let storage = self.storage;
+        match self.under {
+            Under::File(pending) => {
+                let (place, to) = (pending.offset(), pending.sg());
+                pending.finish(io).await?;
+                storage.decrypt(place - storage.payload, to);
+                Ok(())
+            }
+            Under::Later { offset, to } if CryptStorage::is_whole(offset, to.len()) => {
+                Box::pin(storage.read_sectors(io, offset, to)).await
+            }
+            Under::Later { offset, to } => Box::pin(storage.read_in_part(io, offset, to)).await,
         }
     }
 }

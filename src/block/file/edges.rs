@@ -19,19 +19,21 @@ pub(in crate::block) struct Edges {
 struct State {
     held: Vec<Held>,
     waiters: Vec<Waker>,
+    next_number: u64,
 }
 
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 struct Held {
     range: Range<u64>,
     alone: bool,
+    number: u64,
 }
 
-/// A held range; dropping it lets it go.
+/// A held range; dropping it lets it go. Small, because every transfer under way has room for one.
 #[derive(Debug)]
 pub(in crate::block) struct EdgeGuard<'a> {
     edges: &'a Edges,
-    held: Held,
+    number: u64,
 }
 
 impl Edges {
@@ -74,13 +76,16 @@ impl Edges {
             otherwise(&mut state);
             return None;
         }
+        let number = state.next_number;
+        state.next_number += 1;
         state.held.push(Held {
-            range: range.clone(),
+            range,
             alone,
+            number,
         });
         Some(EdgeGuard {
             edges: self,
-            held: Held { range, alone },
+            number,
         })
     }
 }
@@ -89,11 +94,35 @@ impl Drop for EdgeGuard<'_> {
     fn drop(&mut self) {
         let waiters = {
             let mut state = self.edges.lock();
-            if let Some(index) = state.held.iter().position(|held| *held == self.held) {
+            let its = |held: &Held| held.number == self.number;
+            if let Some(index) = state.held.iter().position(its) {
                 state.held.swap_remove(index);
             }
             std::mem::take(&mut state.waiters)
         };
         waiters.into_iter().for_each(Waker::wake);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guard_lets_its_own_range_go_and_no_other() {
+        let edges = Edges::default();
+        let first = edges.try_hold(0..4096, false).unwrap();
+        let same = edges.try_hold(0..4096, false).unwrap();
+        let next = edges.try_hold(4096..8192, false).unwrap();
+        drop(next);
+        assert!(edges.try_hold(0..512, true).is_none());
+        let alone = edges.try_hold(4096..8192, true).unwrap();
+        drop(first);
+        assert!(edges.try_hold(0..512, true).is_none());
+        drop(same);
+        assert!(edges.try_hold(0..4096, true).is_some());
+        assert!(edges.try_hold(8191..8192, false).is_none());
+        drop(alone);
+        assert!(edges.try_hold(8191..8192, false).is_some());
     }
 }
