@@ -75,6 +75,7 @@ fi
 install_cleanup
 PASSED=0
 FAILED=0
+SKIPPED=0
 LOGS=$CACHE_DIR/run/guest-tests
 mkdir -p "$LOGS"
 
@@ -134,7 +135,10 @@ report() {
         # Gigabytes, and of no use any more.
         find "$LOGS/$1" -type f \( -name '*.raw' -o -name '*.qcow2' \) -delete
         ;;
-    77) printf 'skip %s (%s)\n' "$1" "$(sed -n 's/^skip: //p' "$LOGS/$1.log")" ;;
+    77)
+        SKIPPED=$((SKIPPED + 1))
+        printf 'skip %s (%s)\n' "$1" "$(sed -n 's/^skip: //p' "$LOGS/$1.log")"
+        ;;
     *)
         FAILED=$((FAILED + 1))
         printf 'FAIL %s\n' "$1"
@@ -170,12 +174,40 @@ run_scenarios() {
     done
 }
 
-# prepare_targets: what the scenarios nvme-… take their targets from. Those that miss something skip themselves.
+# prepare WHAT OTHERWISE COMMAND...: warns when WHAT could not be made, and says what becomes of the scenarios then.
+prepare() {
+    local what=$1 otherwise=$2 status
+    shift 2
+    # Not as a condition, in which functions would go on after a command that fails.
+    set +e
+    (
+        set -e
+        "$@"
+    )
+    status=$?
+    set -e
+    ((status == 0)) || warn "no $what (status $status; see above, and $CACHE_DIR/apt.log): $otherwise"
+}
+
+target_own() {
+    target_in "$CACHE_DIR/guest"
+    get_target
+}
+
+target_tls() {
+    get_target_newer
+    get_target_tls
+}
+
+# prepare_targets: what the scenarios nvme-… take their targets from.
 prepare_targets() {
+    local skipped="the scenarios that need it are skipped"
     ensure openssl=openssl
-    (target_in "$CACHE_DIR/guest" && get_target) || true
-    (get_target_newer && get_target_tls) || true
-    [[ " ${WANTED[*]} " != *" nvme-migration "* ]] || (get_target_newest) || true
+    prepare "NVMe/TCP target with this distribution's kernel" "$skipped" target_own
+    prepare "NVMe/TCP target with a newer kernel, authentication and TLS" "$skipped" target_tls
+    [[ " ${WANTED[*]} " != *" nvme-migration "* ]] ||
+        prepare "NVMe/TCP target with reservations (the kernel of Debian 13's backports)" \
+            "nvme-migration does without reservations" get_target_newest
 }
 
 # What the scenarios need, once and before them.
@@ -197,5 +229,6 @@ if [[ $HOST_TESTS == yes ]]; then
 fi
 step "${#WANTED[@]} scenario(s) with $BACKEND under $(accel_words)"
 run_scenarios
+((SKIPPED == 0)) || warn "$SKIPPED scenario(s) skipped, for the reasons above"
 printf '%d passed, %d failed\n' "$PASSED" "$FAILED"
 ((FAILED == 0))

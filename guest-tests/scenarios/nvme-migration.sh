@@ -15,6 +15,7 @@ host() {
         nvme_need newest
         options+=(--nvme-reservations)
     else
+        warn "no target with reservations: migrating without"
         nvme_need own
     fi
     make_base "$RUN_DIR/disk.raw" 96
