@@ -1,9 +1,11 @@
 //! Scenarios against the tests' own target.
 
+mod changes;
 mod flood;
 mod lies;
 mod life;
 mod opening;
+mod queues;
 mod relay;
 mod security;
 
@@ -22,6 +24,8 @@ use crate::block::nvme_tcp::spec::{Address, NamespaceName, NvmeOptions, NvmeSpec
 
 /// How long something may take that does happen.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// Opcode of Get Log Page.
+const GET_LOG_PAGE: u8 = 0x02;
 const HOST: &str = "nqn.2014-08.org.nvmexpress:uuid:01234567-89ab-cdef-0011-223344556677";
 
 fn options() -> NvmeOptions {
@@ -166,6 +170,16 @@ fn eventually(is: impl Fn() -> bool) {
     while !is() {
         assert!(Instant::now() < deadline, "it does not happen");
         thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Waits until so many Keep Alives have come.
+fn outlive(target: &Target, keep_alives: u64) {
+    let enough = target.counters().keep_alives() + keep_alives;
+    let deadline = Instant::now() + PATIENCE;
+    while target.counters().keep_alives() < enough {
+        assert!(Instant::now() < deadline);
+        thread::yield_now();
     }
 }
 
