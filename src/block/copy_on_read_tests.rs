@@ -1,23 +1,20 @@
 //! Copy-on-read: what it stores, and that nobody but the layers below notices.
 
-use std::cell::Cell;
-use std::future::Future;
+mod failures;
+mod races;
+
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::process::Command;
-use std::rc::Rc;
 use std::sync::Arc;
 
 use super::active::Locks;
 use super::copy_on_read::CopyStats;
 use super::qcow2::{Header, OnDirty, Options, Qcow2};
-use super::sim::{Event, Kind, Sim, SimStorage, random};
+use super::sim::{Event, Sim, SimStorage};
 use super::storage::Storage;
 use super::tests::{dir, io, pattern};
 use super::*;
 use crate::reactor::Io;
-
-type Boxed = Pin<Box<dyn Future<Output = ()>>>;
 
 fn run(program: &str, args: &[&str]) -> String {
     let output = Command::new(program).args(args).output().expect(program);
@@ -168,23 +165,6 @@ async fn write(io: &Io, disk: &ActiveDisk, offset: usize, data: &[u8]) {
     written.await.expect("write");
 }
 
-/// Runs futures as tasks of one reactor until all have ended.
-fn join(io: &Io, tasks: Vec<Boxed>) {
-    let left = Rc::new(Cell::new(tasks.len()));
-    for task in tasks {
-        let left = left.clone();
-        io.spawn(async move {
-            task.await;
-            left.set(left.get() - 1);
-        });
-    }
-    io.block_on(async {
-        while left.get() > 0 {
-            io.yield_now().await;
-        }
-    });
-}
-
 const KINDS: [&str; 5] = [
     "cluster_size=4k",
     "cluster_size=64k",
@@ -329,220 +309,6 @@ fn a_disk_whose_end_is_inside_a_cluster() {
 }
 
 #[test]
-fn a_full_file_system_is_not_the_guests_error() {
-    for kind in KINDS {
-        let size = 4 << 20;
-        let over = Over::new(kind, pattern(size, 1), size);
-        the_sim(&over.top).full_at(the_sim(&over.top).image().len() as u64);
-        over.check(0, 65536);
-        over.settle();
-        let failed = over.disk.copy_stats();
-        // A read of several pieces makes several copies.
-        assert!((1..=2).contains(&failed.failed), "{kind}: {failed}");
-        for offset in (65536..size).step_by(65536) {
-            over.check(offset, 65536);
-            over.settle();
-        }
-        assert_eq!(
-            over.disk.copy_stats(),
-            failed,
-            "{kind}: it is asked for space again"
-        );
-        assert_eq!(failed.stored_bytes, 0, "{kind}");
-        the_sim(&over.top).heal();
-        the_sim(&over.top).full_at(u64::MAX);
-        over.check(0, 65536);
-        over.settle();
-        assert_eq!(over.disk.copy_stats(), failed, "{kind}: not yet");
-        over.disk.end_copy_pause();
-        over.check(0, 65536);
-        over.settle();
-        assert_eq!(over.disk.copy_stats().stored_bytes, 65536, "{kind}");
-        over.finish(kind);
-    }
-}
-
-#[test]
-fn a_base_that_fails_is_the_guests_error_only_where_the_guest_reads() {
-    let size = 1 << 20;
-    let over = Over::new("cluster_size=64k", pattern(size, 1), size);
-    // The second read of the base is the rest of the cluster.
-    the_sim(&over.base).fail(Kind::Read, 2, libc::EIO, true);
-    over.check(4096, 4096);
-    over.settle();
-    assert_eq!(over.disk.copy_stats().failed, 1);
-    let error = over.io.block_on(async {
-        let mut buf = over.io.buf(4096);
-        over.disk.read(&over.io, 131_072, buf.sg()).await
-    });
-    error.expect_err("the base can not be read");
-    the_sim(&over.base).heal();
-    over.finish("a failing base");
-}
-
-#[test]
-fn a_write_that_fails_stores_nothing() {
-    for kind in KINDS {
-        for nth in 1..12 {
-            let size = 1 << 20;
-            let config = Sim {
-                delay: 4,
-                torn_failures: true,
-                ..Sim::default()
-            };
-            let over = Over::with(kind, pattern(size, 1), size, &config, true);
-            the_sim(&over.top).fail(Kind::Any, nth, libc::EIO, false);
-            for offset in (0..size).step_by(65536) {
-                let got = over.io.block_on(async {
-                    let mut buf = over.io.buf(65536);
-                    let read = over.disk.read(&over.io, offset as u64, buf.sg()).await;
-                    read.map(|()| buf.to_vec())
-                });
-                // Looking for mappings reads the overlay for the guest, too.
-                if let Ok(got) = got {
-                    assert!(got == over.model[offset..offset + 65536], "{kind} {nth}");
-                }
-                over.settle();
-                over.disk.end_copy_pause();
-            }
-            the_sim(&over.top).heal();
-            over.finish(&format!("{kind} {nth}"));
-        }
-    }
-}
-
-#[test]
-fn copies_under_way_are_bounded_and_the_others_read_past_them() {
-    let size = 32 << 20;
-    let over = Over::new("cluster_size=64k", pattern(size, 1), size);
-    let (io, disk) = (&over.io, &over.disk);
-    let most = Rc::new(Cell::new(0));
-    let tasks: Vec<Boxed> = (0..64)
-        .map(|n| {
-            let (io, disk, most) = (io.clone(), disk.clone(), most.clone());
-            let want = over.model[n << 19..][..4096].to_vec();
-            Box::pin(async move {
-                let got = read(&io, &disk, n << 19, 4096).await;
-                assert!(got == want);
-                most.set(most.get().max(disk.copies_under_way()));
-            }) as Boxed
-        })
-        .collect();
-    join(io, tasks);
-    over.settle();
-    assert_eq!(most.get(), 8);
-    let stats = over.disk.copy_stats();
-    assert!(stats.passed_over >= 40, "{stats:?}");
-    assert!(stats.stored_bytes >= 8 << 16, "{stats:?}");
-    over.finish("bounded");
-}
-
-#[test]
-fn readers_of_one_cluster_make_one_copy() {
-    let size = 1 << 20;
-    let over = Over::new("cluster_size=64k", pattern(size, 1), size);
-    let (io, disk) = (&over.io, &over.disk);
-    let tasks: Vec<Boxed> = (0..16)
-        .map(|n| {
-            let (io, disk) = (io.clone(), disk.clone());
-            let want = over.model[65536 + n * 4096..][..4096].to_vec();
-            Box::pin(async move {
-                let got = read(&io, &disk, 65536 + n * 4096, 4096).await;
-                assert!(got == want);
-            }) as Boxed
-        })
-        .collect();
-    join(io, tasks);
-    over.settle();
-    assert_eq!(over.disk.copy_stats().stored_bytes, 65536);
-    assert!(run_len(&over) < 65536 * 2);
-    let read = over.base_bytes();
-    assert!(
-        read <= 65536 + 15 * 4096,
-        "one brings the cluster, the others what they need: {read}"
-    );
-    over.finish("one copy");
-}
-
-#[test]
-fn the_disk_is_given_back_while_the_base_does_not_answer() {
-    let size = 1 << 20;
-    let over = Over::new("cluster_size=64k", pattern(size, 1), size);
-    over.check(65536, 4096);
-    // The copy reads for as long as nobody stops it.
-    let slow = Sim {
-        delay: 1 << 30,
-        ..Sim::default()
-    };
-    the_sim(&over.base).behave(slow);
-    assert_eq!(over.disk.copies_under_way(), 1);
-    let closed = over.io.block_on(over.disk.clone().deactivate(&over.io));
-    closed.expect("closed");
-    assert_eq!(over.disk.copies_under_way(), 0);
-    assert_eq!(over.disk.copy_stats().stored_bytes, 0);
-}
-
-#[test]
-fn a_disk_that_changes_its_size_shows_no_copy_of_what_it_has_lost() {
-    for kind in KINDS {
-        for seed in 0..12 {
-            let size = 1 << 20;
-            let config = Sim {
-                delay: 8,
-                seed,
-                pieces: true,
-                ..Sim::default()
-            };
-            let mut over = Over::with(kind, pattern(size, 1), size, &config, true);
-            let cut = 512 * (1 + (seed as usize * 331) % 2047);
-            over.check(cut - 512, 512 * 2);
-            over.check((cut / 2) & !511, 4096);
-            over.io.block_on(async {
-                let (io, disk) = (&over.io, &over.disk);
-                for _ in 0..seed * 3 {
-                    io.yield_now().await;
-                }
-                disk.resize(io, cut as u64).await.expect("smaller");
-                disk.resize(io, size as u64).await.expect("larger");
-            });
-            over.model[cut..].fill(0);
-            over.finish(&format!("{kind} {seed}"));
-        }
-    }
-}
-
-#[test]
-fn what_is_no_hole_any_more_is_left_alone() {
-    // A new cluster that is not zeros keeps what shows zeros apart from what is stored.
-    for kind in KINDS {
-        let size = 1 << 20;
-        let config = Sim {
-            promises_zeros: false,
-            ..Sim::default()
-        };
-        let mut over = Over::with(kind, pattern(size, 1), size, &config, true);
-        let written = pattern(70_000 / 512 * 512, 2);
-        over.io.block_on(async {
-            let (io, disk) = (&over.io, &over.disk);
-            write(io, disk, 4096 + 512, &written).await;
-            let zeroes = disk.write_zeroes(io, 131_072, 65536, true);
-            zeroes.await.expect("zeroes");
-            let zeroes = disk.write_zeroes(io, 262_144 + 8192, 4096, true);
-            zeroes.await.expect("zeroes");
-            // As late as can be: what was read of the base before all that.
-            let mut buf = io.buf(512 << 10);
-            buf.copy_from_slice(&over.model[..512 << 10]);
-            let stored = disk.top().0.store_copy(io, 0, &mut buf).await;
-            assert!(stored.expect("stored") > 0, "{kind}: the rest");
-        });
-        over.model[4608..][..written.len()].copy_from_slice(&written);
-        over.model[131_072..196_608].fill(0);
-        over.model[270_336..274_432].fill(0);
-        over.finish(kind);
-    }
-}
-
-#[test]
 fn while_the_guest_is_migrated_nothing_is_copied() {
     let size = 1 << 20;
     let over = Over::new(KINDS[1], pattern(size, 1), size);
@@ -585,101 +351,4 @@ fn what_copies_add_to_a_flush() {
         "{events:?}"
     );
     over.finish("flush");
-}
-
-#[test]
-fn a_power_loss_at_any_step_of_a_flush_loses_copies_at_most() {
-    for kind in KINDS {
-        for steps in 0..5 {
-            let size = 512 << 10;
-            let mut base = pattern(size, 1);
-            base[100_000..200_000].fill(0);
-            let over = Over::new(kind, base, size);
-            over.check(0, 4096);
-            over.settle();
-            let flushed = over.io.block_on(over.disk.flush(&over.io));
-            flushed.expect("flush");
-            over.check(0, size);
-            over.settle();
-            the_sim(&over.top).cut_power_after(steps);
-            let _cut = over.io.block_on(over.disk.flush(&over.io));
-            for seed in 1..=4 {
-                // All that reached the file and some of it; the mapping without the data above all.
-                let bytes = the_sim(&over.top).crash(seed);
-                std::fs::write(over.path("a"), bytes).expect("image");
-                let (file, raw) = (over.path("a"), over.path("raw"));
-                let (file, raw) = (file.display().to_string(), raw.display().to_string());
-                run("qemu-img", &["convert", "-O", "raw", &file, &raw]);
-                let got = std::fs::read(raw).expect("raw");
-                assert!(got == over.model, "{kind}, {steps} steps, {seed}");
-            }
-        }
-    }
-}
-
-/// Tasks that read anywhere, and change sectors of their own.
-#[test]
-fn reads_and_changes_of_all_kinds_at_the_same_time() {
-    for kind in KINDS {
-        for seed in 1..=12 {
-            let size = 1 << 20;
-            let config = Sim {
-                seed,
-                delay: 10,
-                pieces: true,
-                promises_zeros: seed % 3 > 0,
-                discard_garbage: true,
-                ..Sim::default()
-            };
-            let mut base = pattern(size - 70_000, seed);
-            base[300_000..400_000].fill(0);
-            let mut over = Over::with(kind, base, size, &config, true);
-            let model = Rc::new(std::cell::RefCell::new(over.model.clone()));
-            const TASKS: usize = 6;
-            let tasks: Vec<Boxed> = (0..TASKS)
-                .map(|task| {
-                    let (io, disk, model) = (over.io.clone(), over.disk.clone(), model.clone());
-                    let mut rng = seed * 100 + task as u64 + 1;
-                    Box::pin(async move {
-                        for _ in 0..60 {
-                            let stripes = size / 2048 / TASKS;
-                            let stripe = random(&mut rng) as usize % stripes * TASKS + task;
-                            let from = random(&mut rng) as usize % 4;
-                            let count = 1 + random(&mut rng) as usize % (4 - from);
-                            let (at, len) = (stripe * 2048 + from * 512, count * 512);
-                            match random(&mut rng) % 16 {
-                                0..4 => {
-                                    let data = pattern(len, random(&mut rng));
-                                    write(&io, &disk, at, &data).await;
-                                    model.borrow_mut()[at..at + len].copy_from_slice(&data);
-                                }
-                                4 => {
-                                    let zeroes =
-                                        disk.write_zeroes(&io, at as u64, len as u64, true);
-                                    zeroes.await.expect("zeroes");
-                                    model.borrow_mut()[at..at + len].fill(0);
-                                }
-                                5 => disk.flush(&io).await.expect("flush"),
-                                6..10 => {
-                                    let got = read(&io, &disk, at, len).await;
-                                    assert!(got == model.borrow()[at..at + len], "{seed}");
-                                }
-                                _ => {
-                                    // Other tasks may be writing there; a large read has many kinds of it.
-                                    let len = 512 << (random(&mut rng) % 9);
-                                    let at = random(&mut rng) as usize % ((size - len) / 512);
-                                    read(&io, &disk, at * 512, len).await;
-                                }
-                            }
-                        }
-                    }) as Boxed
-                })
-                .collect();
-            join(&over.io, tasks);
-            over.model = Rc::try_unwrap(model).expect("one").into_inner();
-            let stats = over.finish(&format!("{kind} {seed}"));
-            assert!(stats.stored_bytes > 0, "{kind} {seed}: {stats:?}");
-            assert_eq!(stats.failed, 0);
-        }
-    }
 }
