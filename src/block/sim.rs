@@ -5,6 +5,9 @@
 //! completed when it began. [`SimStorage::crash`] gives an image as a power loss could leave it: of every
 //! sector any version since the last flush, writes still under way included.
 
+mod change;
+mod losses;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
@@ -14,6 +17,7 @@ use crate::reactor::{Io, Sg};
 
 use super::error::{Error, Result};
 use super::storage::Limits;
+use change::Change;
 
 /// Grain at which a power loss keeps or loses a write.
 pub const SECTOR: usize = 512;
@@ -74,22 +78,6 @@ impl Default for Sim {
             torn_failures: false,
         }
     }
-}
-
-/// A change of the contents.
-#[derive(Clone, Debug)]
-enum Change {
-    Bytes {
-        offset: u64,
-        data: Vec<u8>,
-    },
-    Fill {
-        offset: u64,
-        len: u64,
-        byte: u8,
-        grows: bool,
-    },
-    SetLen(u64),
 }
 
 #[derive(Debug)]
@@ -224,87 +212,6 @@ impl SimStorage {
     /// Forgets all faults that were ordered.
     pub fn heal(&self) {
         self.state().faults.clear();
-    }
-
-    /// Cuts the power when `operations` more operations that change something (or flush) have begun:
-    /// from then on everything fails and nothing has an effect.
-    pub fn cut_power_after(&self, operations: u64) {
-        self.state().power = Some(operations);
-    }
-
-    /// Cuts the power now.
-    pub fn cut_power(&self) {
-        self.state().dead = true;
-    }
-
-    /// True once the power is gone.
-    pub fn is_dead(&self) -> bool {
-        self.state().dead
-    }
-
-    /// An image as a loss of power now could leave it, by the chance of `seed`.
-    pub fn crash(&self, seed: u64) -> Vec<u8> {
-        let mut rng = seed.wrapping_mul(0xd134_2543_de82_ef95) | 1;
-        self.crash_with(|_, versions| (random(&mut rng) % versions as u64) as usize)
-    }
-
-    /// The same by choice: `choose(sector, versions)` says which version of each sector that changed
-    /// since the last flush survives: 0 is the durable one, `versions - 1` the newest. It is asked about
-    /// the length of the file last, as sector `u64::MAX`.
-    pub fn crash_with(&self, mut choose: impl FnMut(u64, usize) -> usize) -> Vec<u8> {
-        let state = self.state();
-        let mut view = state.durable.clone();
-        let mut versions: BTreeMap<u64, Vec<[u8; SECTOR]>> = BTreeMap::new();
-        let mut lengths = vec![view.len()];
-        for change in state.completed.iter().chain(state.under_way.values()) {
-            let range = change.range(view.len() as u64);
-            let sectors = range.start / SECTOR as u64..range.end.div_ceil(SECTOR as u64);
-            for sector in sectors.clone() {
-                let old = sector_of(&view, sector);
-                versions.entry(sector).or_insert_with(|| vec![old]);
-            }
-            change.apply(&mut view);
-            for sector in sectors {
-                let new = sector_of(&view, sector);
-                versions.entry(sector).or_default().push(new);
-            }
-            if lengths.last() != Some(&view.len()) {
-                lengths.push(view.len());
-            }
-        }
-        let mut image = state.durable.clone();
-        let longest = lengths.iter().copied().max().unwrap_or(0);
-        image.resize(longest.next_multiple_of(SECTOR), 0);
-        for (sector, versions) in versions {
-            let pick = choose(sector, versions.len()).min(versions.len() - 1);
-            let at = sector as usize * SECTOR;
-            if let Some(to) = image.get_mut(at..at + SECTOR) {
-                to.copy_from_slice(&versions[pick]);
-            }
-        }
-        let pick = choose(u64::MAX, lengths.len()).min(lengths.len() - 1);
-        image.truncate(lengths[pick]);
-        image
-    }
-
-    /// What goes on after a kill of the process: of what was under way some has happened; nothing that was not
-    /// durable is so now. It behaves as `config` says.
-    pub fn after_kill(&self, seed: u64, config: Sim) -> Self {
-        let mut rng = seed.wrapping_mul(0xd134_2543_de82_ef95) | 1;
-        let state = self.state();
-        let after = Self::new(state.durable.clone(), config).with_inode(self.inode);
-        {
-            let mut new = after.state();
-            new.current.clone_from(&state.current);
-            new.completed.clone_from(&state.completed);
-            for change in state.under_way.values() {
-                if random(&mut rng) % 2 == 0 {
-                    change.apply(&mut new.current);
-                    new.completed.push(change.clone());
-                }
-            }
-        }
-        after
     }
 
     /// As [`super::Storage::identity`].
@@ -556,55 +463,6 @@ impl SimStorage {
         self.change(io, Kind::SetLen, event, Change::SetLen(len))
             .await
     }
-}
-
-impl Change {
-    /// Bytes that may change in a file of `len` bytes.
-    fn range(&self, len: u64) -> std::ops::Range<u64> {
-        match self {
-            Self::Bytes { offset, data } => *offset..offset + data.len() as u64,
-            Self::Fill {
-                offset,
-                len: fill,
-                grows: true,
-                ..
-            } => *offset..offset + fill,
-            Self::Fill {
-                offset, len: fill, ..
-            } => (*offset).min(len)..(offset + fill).min(len),
-            Self::SetLen(new) => (*new).min(len)..len.max(*new),
-        }
-    }
-
-    /// Whether it makes a storage longer that does not reach so far.
-    fn grows(&self) -> bool {
-        !matches!(self, Self::Fill { grows: false, .. })
-    }
-
-    fn apply(&self, image: &mut Vec<u8>) {
-        let range = self.range(image.len() as u64);
-        let range = range.start as usize..range.end as usize;
-        if let Self::SetLen(len) = self {
-            image.resize(*len as usize, 0);
-            return;
-        }
-        if image.len() < range.end {
-            image.resize(range.end, 0);
-        }
-        match self {
-            Self::Bytes { data, .. } => image[range].copy_from_slice(data),
-            Self::Fill { byte, .. } => image[range].fill(*byte),
-            Self::SetLen(_) => {}
-        }
-    }
-}
-
-fn sector_of(image: &[u8], sector: u64) -> [u8; SECTOR] {
-    let mut out = [0; SECTOR];
-    let start = (sector as usize * SECTOR).min(image.len());
-    let end = (start + SECTOR).min(image.len());
-    out[..end - start].copy_from_slice(&image[start..end]);
-    out
 }
 
 fn error(kind: Kind, offset: u64, errno: i32) -> Error {
