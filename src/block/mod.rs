@@ -30,6 +30,7 @@ pub mod stack;
 pub mod storage;
 #[cfg(test)]
 mod tests;
+mod zeros;
 
 pub(crate) use chain::{MAX_DEPTH, resolve_backing};
 pub use copy_on_read::CopyStats;

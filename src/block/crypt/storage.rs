@@ -18,6 +18,7 @@ use crate::block::error::{Error, ErrorKind, Result};
 use crate::block::file;
 use crate::block::file::edges::Edges;
 use crate::block::storage::{Limits, Storage};
+use crate::block::zeros::Zeros;
 use crate::reactor::{Io, Sg};
 
 /// Bytes that are decrypted at once.
@@ -268,18 +269,12 @@ impl CryptStorage {
         len: u64,
     ) -> Result<()> {
         self.check_range(offset, len)?;
-        let (mut at, end) = (offset, offset + len);
-        if at == end {
+        if len == 0 {
             return Ok(());
         }
-        let mut zeros = io.buf((end - at).min(STEP as u64) as usize);
-        zeros.fill(0);
-        while at < end {
-            // Each step ends where a step would begin, so that only the ends are in parts of sectors.
-            let step = (STEP as u64 - at % STEP as u64).min(end - at);
-            let step = (step as usize).min(zeros.len());
-            self.write(io, at, zeros.sg().split_at(step).0).await?;
-            at += step as u64;
+        let mut zeros = Zeros::new(io, offset..offset + len, STEP as u64);
+        while let Some((at, from)) = zeros.next() {
+            self.write(io, at, from).await?;
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ use crate::reactor::Io;
 
 use super::{FileStorage, STEP};
 use crate::block::error::{ErrorKind, Result};
+use crate::block::zeros::Zeros;
 
 /// Bytes an `fallocate` at most, so that none takes for ever.
 const FALLOCATE_STEP: u64 = 1 << 30;
@@ -132,20 +133,13 @@ impl FileStorage {
         )
     }
 
-    async fn write_of_zeros(&self, io: &Io, mut offset: u64, end: u64) -> Result<()> {
+    async fn write_of_zeros(&self, io: &Io, offset: u64, end: u64) -> Result<()> {
         if offset >= end {
             return Ok(());
         }
-        let mut zeros = io.buf((end - offset).min(STEP) as usize);
-        zeros.fill(0);
-        while offset < end {
-            // Each step ends where a step would begin, so that only the ends are in parts of blocks.
-            let step = (STEP - offset % STEP)
-                .min(end - offset)
-                .min(zeros.len() as u64);
-            let from = zeros.sg().split_at(step as usize).0;
-            Box::pin(self.begin_write(io, offset, from).finish(io)).await?;
-            offset += step;
+        let mut zeros = Zeros::new(io, offset..end, STEP);
+        while let Some((at, from)) = zeros.next() {
+            Box::pin(self.begin_write(io, at, from).finish(io)).await?;
         }
         Ok(())
     }
