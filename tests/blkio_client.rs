@@ -7,7 +7,8 @@ use std::mem::MaybeUninit;
 use std::time::Duration;
 
 use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags};
-use common::{Random, Rig, SOON, file_bytes};
+use common::{Rig, SOON, file_bytes};
+use vhost_user_frontend::guest::Random;
 
 const MIB: u64 = 1 << 20;
 

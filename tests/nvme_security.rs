@@ -25,7 +25,7 @@ struct Secret {
 impl Secret {
     fn new(form: &str, seed: u64, len: usize) -> Self {
         let mut bytes = vec![0; len];
-        common::Random::new(seed).fill(&mut bytes);
+        vhost_user_frontend::guest::Random::new(seed).fill(&mut bytes);
         let mut crc = flate2::Crc::new();
         crc.update(&bytes);
         let whole = [&bytes[..], &crc.sum().to_le_bytes()].concat();

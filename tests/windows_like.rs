@@ -4,10 +4,11 @@
 
 mod common;
 
-use common::{Random, Rig, SOON};
+use common::{Rig, SOON};
 use vhost_user_frontend as frontend;
 
 use frontend::blk::{self, CONFIG_WRITEBACK, request_type, status};
+use frontend::guest::Random;
 use frontend::protocol::feature;
 use frontend::ring::RingLayout;
 use frontend::{

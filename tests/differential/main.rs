@@ -6,19 +6,19 @@
 
 #[path = "../common/mod.rs"]
 mod common;
-mod model;
 mod overlap;
 
 use std::path::Path;
 
-use common::{Random, Rig, SOON, program};
-use model::{Kind, MAX_SEGMENTS, Model, Pending, SECTOR};
+use common::{Rig, SOON, program};
 use vhost_user_frontend as frontend;
 
 use frontend::blk::status;
+use frontend::guest::Random;
+use frontend::guest::model::{Kind, MAX_SEGMENTS, Model, Pending, Places, SECTOR};
 use frontend::{
-    BlkQueue, Completion, Daemon, Device, DeviceOptions, Disk, Error, Op, Segment, SlotOptions,
-    TempDir, qemu,
+    BlkQueue, Completion, Daemon, Device, DeviceOptions, Disk, Error, Op, SlotOptions, TempDir,
+    qemu,
 };
 
 /// Sectors of the longest request.
@@ -80,6 +80,7 @@ struct Run<'a> {
     pending: Vec<Option<Pending>>,
     free: Vec<usize>,
     submitted: u64,
+    places: Places,
     max_segments: usize,
 }
 
@@ -93,42 +94,13 @@ impl<'a> Run<'a> {
             pending: vec![None; slots],
             free: (0..slots).collect(),
             submitted: 0,
+            places: Places {
+                max_sectors: MAX_SECTORS,
+                align: 1,
+                grain: case.grain,
+            },
             max_segments: 1,
         }
-    }
-
-    /// A free range that starts or ends near a multiple of the case's grain, half of the time in a small part
-    /// of the disk, where requests meet often.
-    fn pick_range(&mut self) -> Option<Segment> {
-        let sectors = self.model.sectors();
-        let r = &mut self.random;
-        let len = match r.below(8) {
-            0 => 1 + r.below(MAX_SECTORS),
-            1 => self.case.grain.min(MAX_SECTORS),
-            _ => 1 + r.below(12),
-        };
-        let span = if r.below(2) == 0 {
-            sectors / 16
-        } else {
-            sectors
-        };
-        let mut sector = r.below(span);
-        match r.below(4) {
-            0 => sector = sector / self.case.grain * self.case.grain,
-            1 => {
-                sector = (sector / self.case.grain + 1) * self.case.grain;
-                sector = sector.saturating_sub(1 + r.below(len.min(4)));
-            }
-            _ => {}
-        }
-        sector = sector.min(sectors - 1);
-        let len = len.min(sectors - sector);
-        let range = sector as usize..(sector + len) as usize;
-        if self.model.busy[range.clone()].iter().any(|b| *b) {
-            return None;
-        }
-        self.model.busy[range].fill(true);
-        Some(Segment::new(sector, len as u32))
     }
 
     fn pick(&mut self) -> Option<Pending> {
@@ -139,51 +111,16 @@ impl<'a> Run<'a> {
             90..=96 => Kind::Discard,
             _ => Kind::Flush,
         };
-        let wanted = match kind {
-            Kind::Flush => 0,
-            Kind::Read | Kind::Write => 1,
-            _ => 1 + self.random.below(self.max_segments as u64) as usize,
-        };
-        let mut request = Pending {
-            kind,
-            segments: [Segment::new(0, 0); MAX_SEGMENTS],
-            count: 0,
-            seed: self.random.next(),
-        };
-        for _ in 0..wanted {
-            if let Some(mut segment) = self.pick_range() {
-                if kind == Kind::Zero && self.random.below(2) == 0 {
-                    segment = segment.unmap();
-                }
-                request.segments[request.count] = segment;
-                request.count += 1;
-            }
-        }
-        (kind == Kind::Flush || request.count > 0).then_some(request)
+        let (places, model) = (&self.places, &mut self.model);
+        let range = |random: &mut Random| places.pick(random, model);
+        Pending::pick(kind, &mut self.random, self.max_segments, range)
     }
 
     fn submit(&mut self, queue: &mut BlkQueue) {
         let Some(request) = self.pick() else { return };
         let Some(token) = self.free.pop() else { return };
-        let segments = &request.segments[..request.count];
-        let data;
-        let op = match request.kind {
-            Kind::Read => Op::Read {
-                sector: segments[0].sector,
-                len: segments[0].num_sectors * SECTOR as u32,
-            },
-            Kind::Write => {
-                data = request.data();
-                Op::Write {
-                    sector: segments[0].sector,
-                    data: &data,
-                }
-            }
-            Kind::Zero => Op::WriteZeroes(segments),
-            Kind::Discard => Op::Discard(segments),
-            Kind::Flush => Op::Flush,
-        };
-        queue.submit(op, token as u64).unwrap();
+        let data = request.data();
+        queue.submit(request.op(&data), token as u64).unwrap();
         self.pending[token] = Some(request);
         self.submitted += 1;
     }
@@ -193,24 +130,7 @@ impl<'a> Run<'a> {
         let request = self.pending[token].take().expect("completed once");
         let (seed, submitted) = (self.case.seed, self.submitted);
         let what = move || format!("seed {seed}, after {submitted}: {request:?}");
-        assert_eq!(done.status, status::OK, "{}", what());
-        let read = if request.kind == Kind::Read {
-            request.segments[0].num_sectors * SECTOR as u32
-        } else {
-            0
-        };
-        assert_eq!(done.used_len, read + 1, "{}", what());
-        if request.kind == Kind::Read {
-            let mut got = vec![0; read as usize];
-            queue.copy_data(done.slot, &mut got);
-            self.model
-                .check_read(request.segments[0].sector as usize, &got, &what);
-        }
-        self.model.apply(&request);
-        for range in request.ranges() {
-            self.model.busy[range].fill(false);
-        }
-        queue.release(done);
+        self.model.complete(queue, &request, done, &what);
         self.free.push(token);
     }
 
@@ -342,14 +262,8 @@ fn run(case: &Case) {
     let mut device = rig.device_with(options(case));
     run.go(&mut device, case.requests);
 
-    // Read all of it; then no discarded sector is undecided any more.
-    let step = MAX_SECTORS as usize * SECTOR;
-    for first in (0..case.size as usize).step_by(step) {
-        let len = step.min(case.size as usize - first);
-        let got = device.read((first / SECTOR) as u64, len as u32).unwrap();
-        let what = || format!("seed {}, at the end", case.seed);
-        run.model.check_read(first / SECTOR, &got, &what);
-    }
+    let what = || format!("seed {}", case.seed);
+    run.model.check_all(&mut device, MAX_SECTORS, &what);
     stop(&mut rig, &mut device, case.format);
     assert_image_is(&rig, case.format, &run.model.bytes);
 }

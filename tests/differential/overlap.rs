@@ -4,10 +4,11 @@
 
 use std::time::{Duration, Instant};
 
-use crate::common::{Random, Rig, SOON};
+use crate::common::{Rig, SOON};
 use crate::frontend::blk::status;
+use crate::frontend::guest::Random;
+use crate::frontend::guest::model::SECTOR;
 use crate::frontend::{BlkQueue, Completion, Daemon, Device, Error, Op, Segment, TempDir};
-use crate::model::SECTOR;
 use crate::{Backing, Case, MAX_SECTORS, QCOW2, disk, make_image, options, program, stop};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use crate::common::{Random, SOON};
+use crate::common::SOON;
+use crate::frontend::guest::Random;
+use crate::frontend::guest::model::SECTOR;
 use crate::frontend::{DeviceOptions, Disk, Notify, SlotOptions, qemu};
-use crate::model::SECTOR;
 
 /// Sectors of the longest request.
 pub const MAX_SECTORS: u64 = 128;

@@ -3,8 +3,9 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
+use vhost_user_frontend::guest::Random;
+
 use crate::case::Case;
-use crate::common::Random;
 use crate::life::Tally;
 
 /// How a life ends.

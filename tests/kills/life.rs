@@ -5,15 +5,15 @@ use std::os::unix::process::ExitStatusExt;
 use std::time::{Duration, Instant};
 
 use crate::case::{Case, MAX_SECTORS};
-use crate::common::{Random, SOON, program};
+use crate::common::{SOON, program};
 use crate::death::{Death, kill_points};
-use crate::frontend::blk::status;
+use crate::frontend::guest::Random;
+use crate::frontend::guest::model::{Kind, MAX_SEGMENTS, Model, Pending};
 use crate::frontend::message::vring_state;
 use crate::frontend::protocol::{flag, request};
 use crate::frontend::{
-    Completion, Daemon, Device, Disk, Error, Notify, Op, Segment, TempDir, process, qemu,
+    Completion, Daemon, Device, Disk, Error, Notify, Segment, TempDir, process, qemu,
 };
-use crate::model::{Kind, MAX_SEGMENTS, Model, Pending, SECTOR};
 
 /// A daemon that completes nothing for so long has lost a request.
 const STUCK: Duration = Duration::from_secs(20);
@@ -83,10 +83,8 @@ impl<'a> Run<'a> {
 
     // Requests.
 
-    fn pick_range(&mut self) -> Option<Segment> {
-        let sectors = self.model.sectors();
-        let grain = self.case.grain;
-        let r = &mut self.random;
+    fn pick_range(case: &Case, r: &mut Random, model: &mut Model) -> Option<Segment> {
+        let (sectors, grain) = (model.sectors(), case.grain);
         let mut len = match r.below(8) {
             0 => 1 + r.below(MAX_SECTORS),
             1 => grain.min(MAX_SECTORS),
@@ -105,12 +103,7 @@ impl<'a> Run<'a> {
             }
         }
         let len = len.min(sectors - sector);
-        let range = sector as usize..(sector + len) as usize;
-        if self.model.busy[range.clone()].iter().any(|b| *b) {
-            return None;
-        }
-        self.model.busy[range].fill(true);
-        Some(Segment::new(sector, len as u32))
+        model.take(sector, len)
     }
 
     fn pick(&mut self) -> Option<Pending> {
@@ -121,27 +114,9 @@ impl<'a> Run<'a> {
             82..=92 => Kind::Discard,
             _ => Kind::Flush,
         };
-        let wanted = match kind {
-            Kind::Flush => 0,
-            Kind::Read | Kind::Write => 1,
-            _ => 1 + self.random.below(MAX_SEGMENTS as u64) as usize,
-        };
-        let mut request = Pending {
-            kind,
-            segments: [Segment::new(0, 0); MAX_SEGMENTS],
-            count: 0,
-            seed: self.random.next(),
-        };
-        for _ in 0..wanted {
-            if let Some(mut segment) = self.pick_range() {
-                if kind == Kind::Zero && self.random.below(2) == 0 {
-                    segment = segment.unmap();
-                }
-                request.segments[request.count] = segment;
-                request.count += 1;
-            }
-        }
-        (kind == Kind::Flush || request.count > 0).then_some(request)
+        let (case, model) = (self.case, &mut self.model);
+        let range = |random: &mut Random| Self::pick_range(case, random, model);
+        Pending::pick(kind, &mut self.random, MAX_SEGMENTS, range)
     }
 
     fn submit(&mut self, queue: usize) {
@@ -150,38 +125,15 @@ impl<'a> Run<'a> {
             return;
         }
         let Some(request) = self.pick() else { return };
-        let segments = &request.segments[..request.count];
-        let data;
-        let op = match request.kind {
-            Kind::Read => Op::Read {
-                sector: segments[0].sector,
-                len: segments[0].num_sectors * SECTOR as u32,
-            },
-            Kind::Write => {
-                data = request.data();
-                Op::Write {
-                    sector: segments[0].sector,
-                    data: &data,
-                }
-            }
-            Kind::Zero => Op::WriteZeroes(segments),
-            Kind::Discard => Op::Discard(segments),
-            Kind::Flush => Op::Flush,
-        };
+        let data = request.data();
         let token = self.next_token;
-        match self.device.queue(queue).submit(op, token) {
+        match self.device.queue(queue).submit(request.op(&data), token) {
             Ok(_) => {
                 self.next_token += 1;
                 self.pending.insert(token, request);
             }
-            Err(Error::Full) => self.idle(&request),
+            Err(Error::Full) => self.model.give_back(&request),
             Err(error) => panic!("{error}; {}", self.what()),
-        }
-    }
-
-    fn idle(&mut self, request: &Pending) {
-        for range in request.ranges() {
-            self.model.busy[range].fill(false);
         }
     }
 
@@ -190,21 +142,8 @@ impl<'a> Run<'a> {
         let request =
             request.unwrap_or_else(|| panic!("{done:?} completes twice; {}", self.what()));
         let what = format!("{request:?}; {}", self.what());
-        assert_eq!(done.status, status::OK, "{what}");
-        let read = match request.kind {
-            Kind::Read => request.segments[0].num_sectors * SECTOR as u32,
-            _ => 0,
-        };
-        assert_eq!(done.used_len, read + 1, "{what}");
-        if request.kind == Kind::Read {
-            let mut got = vec![0; read as usize];
-            self.device.queue(queue).copy_data(done.slot, &mut got);
-            let first = request.segments[0].sector as usize;
-            self.model.check_read(first, &got, &|| what.clone());
-        }
-        self.model.apply(&request);
-        self.idle(&request);
-        self.device.queue(queue).release(done);
+        let queue = self.device.queue(queue);
+        self.model.complete(queue, &request, done, &|| what.clone());
         self.tally.requests += 1;
     }
 
@@ -418,7 +357,9 @@ impl<'a> Run<'a> {
                 );
             }
         }
-        self.read_all();
+        let what = self.what();
+        let device = &mut self.device;
+        self.model.check_all(device, MAX_SECTORS, &|| what.clone());
         self.device.shut_down().unwrap();
         self.daemon.terminate();
         if self.case.format == "qcow2" {
@@ -442,19 +383,6 @@ impl<'a> Run<'a> {
         let output = check.output().unwrap();
         assert!(output.status.success(), "{output:?}; {}", self.what());
         qemu::check_clean(&path);
-    }
-
-    fn read_all(&mut self) {
-        let step = MAX_SECTORS as usize * SECTOR;
-        let size = self.model.bytes.len();
-        for first in (0..size).step_by(step) {
-            let len = step.min(size - first);
-            let got = self.device.read((first / SECTOR) as u64, len as u32);
-            let got = got.unwrap_or_else(|error| panic!("{error}; {}", self.what()));
-            let what = self.what();
-            self.model
-                .check_read(first / SECTOR, &got, &|| format!("at the end; {what}"));
-        }
     }
 
     /// A new image, or the old one, under a new device: a life without a predecessor.

@@ -10,8 +10,6 @@ mod case;
 mod common;
 mod death;
 mod life;
-#[path = "../differential/model.rs"]
-mod model;
 mod scenarios;
 
 use case::Case;

@@ -4,8 +4,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use crate::common::{Random, Rig, SOON, program, until};
+use crate::common::{Rig, SOON, program, until};
 use crate::frontend::blk::status;
+use crate::frontend::guest::Random;
 use crate::frontend::message::Inflight;
 use crate::frontend::{Daemon, Device, DeviceOptions, Notify, Op, SlotOptions, qemu};
 

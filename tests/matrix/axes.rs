@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::common::Random;
+use vhost_user_frontend::guest::Random;
 
 /// What is below an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::Value;
+use vhost_user_frontend::guest::Random;
 
 use crate::axes::{Backing, Case, Compression, DataFile};
-use crate::common::Random;
 
 const SECRET: &str = "secret,id=key,data=matrix";
 /// The names of the image and of its data file.

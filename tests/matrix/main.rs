@@ -6,15 +6,13 @@
 //! again in between, and judged by `qemu-img`: clean, with the model's contents, snapshots and bitmaps intact.
 
 mod axes;
-#[path = "../common/mod.rs"]
-mod common;
 mod image;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use axes::{Case, Plan};
-use common::Random;
 use image::Image;
+use vhost_user_frontend::guest::Random;
 use virtioblkd::block::crypt::{KeySource, KeySpec};
 use virtioblkd::block::{ActiveDisk, Disk, DiskSpec, Error, Format, Source};
 use virtioblkd::reactor::{Epochs, Io, IoConfig};

@@ -3,7 +3,6 @@
 
 #[path = "../common/mod.rs"]
 mod common;
-mod vm;
 
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
@@ -11,12 +10,13 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{Random, SOON, program, until};
+use common::{SOON, program, until};
 use vhost_user_frontend as frontend;
 
+use frontend::guest::Random;
+use frontend::guest::vm::{DISK, Log, QUEUE_SIZE, Vm, Vmm, copy_of, specs};
 use frontend::protocol::feature;
-use frontend::{Daemon, Device, DeviceOptions, Disk, Memory, Program, TempDir, process};
-use vm::{DISK, Log, QUEUE_SIZE, Vm, Vmm, copy_of, specs};
+use frontend::{Daemon, Device, DeviceOptions, Disk, Program, TempDir, process};
 
 /// An overlay that writes must copy into, and what it shows.
 fn image(dir: &TempDir) -> (PathBuf, Vec<u8>) {
@@ -82,36 +82,8 @@ impl Host {
 
     /// As a source: with the rings started and a region for what is in flight.
     fn boot(&self, vm: &mut Vm) -> Vmm {
-        let vmm = self.connect(vm);
-        vmm.client.set_inflight_fd(&vmm.new_inflight()).unwrap();
-        vmm.start(vm, [0, 0], false).unwrap();
-        vmm
+        Vmm::boot(self.daemon.socket(), vm)
     }
-}
-
-/// Everything of a migration until the rings of the source are about to stop: the copy.
-fn copy_while_running(vm: &mut Vm, source: &Vmm, log: &Log) -> Memory {
-    let copy = vm.new_memory();
-    source.log_on(vm, log);
-    vm.copy(vm.pages(), &copy);
-    for _ in 0..4 {
-        vm.run(200);
-        vm.copy(log.take(), &copy);
-    }
-    vm.run(200);
-    vm.submit();
-    copy
-}
-
-/// The target's side of the switchover.
-fn take_over(vm: &mut Vm, target: &Vmm, copy: Memory, bases: [u32; 2]) {
-    vm.move_to(copy);
-    target.client.set_mem_table(&vm.memory).unwrap();
-    target
-        .client
-        .set_inflight_fd(&target.new_inflight())
-        .unwrap();
-    target.start(vm, bases, false).unwrap();
 }
 
 #[test]
@@ -126,14 +98,14 @@ fn round_trips_on_a_locked_image_lose_nothing() {
         // The target has the disk open, and does not know its metadata.
         let target = hosts[trip % 2].connect(&vm);
         let log = Log::new();
-        let copy = copy_while_running(&mut vm, &source, &log);
+        let copy = source.copy_while_running(&mut vm, &log, 4);
         assert!(!is_free(&image));
         let bases = source.stop();
         assert!(is_free(&image), "released before the last answer");
         vm.collect();
         vm.copy(log.take(), &copy);
         assert_eq!(vm.stale(&copy), [], "trip {trip}");
-        take_over(&mut vm, &target, copy, bases);
+        target.take_over(&mut vm, copy, bases);
         // The source's connection stays open until QEMU ends.
         vm.run(300);
         drop(source);
@@ -152,7 +124,7 @@ fn without_marks_pages_are_stale() {
     let host = Host::prepared(&dir, &image, "export VIRTIOBLKD_MUTE_DIRTY_LOG=1");
     let source = host.boot(&mut vm);
     let log = Log::new();
-    let copy = copy_while_running(&mut vm, &source, &log);
+    let copy = source.copy_while_running(&mut vm, &log, 4);
     source.stop();
     vm.copy(log.take(), &copy);
     // Used rings, data and status bytes alike: 6 pages of rings, 32 slots with 5 each.
@@ -172,7 +144,7 @@ fn cancelled_midway_the_source_goes_on_and_marks_nothing_more() {
     for _ in 0..3 {
         let target = other.connect(&vm);
         let log = Log::new();
-        let copy = copy_while_running(&mut vm, &source, &log);
+        let copy = source.copy_while_running(&mut vm, &log, 4);
         source.set_logging(&vm, false);
         // All marks were in before that was answered.
         log.take();
@@ -198,7 +170,7 @@ fn the_source_takes_the_disk_back_when_the_target_fails() {
         let mut other = Host::new(&image);
         let target = other.connect(&vm);
         let log = Log::new();
-        let copy = copy_while_running(&mut vm, &source, &log);
+        let copy = source.copy_while_running(&mut vm, &log, 4);
         let bases = source.stop();
         vm.collect();
         vm.copy(log.take(), &copy);
@@ -511,7 +483,7 @@ fn requests_in_flight_are_taken_along_to_the_target() {
     for trip in 1..=8 {
         let target = hosts[trip % 2].connect(&vm);
         let log = Log::new();
-        let copy = copy_while_running(&mut vm, &source, &log);
+        let copy = source.copy_while_running(&mut vm, &log, 4);
         let bases = source.stop_undrained();
         assert!(is_free(&image));
         // What completed is shown; the rest is neither lost nor done.

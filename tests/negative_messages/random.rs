@@ -5,10 +5,10 @@ use std::os::fd::AsRawFd;
 use vhost_user_frontend as frontend;
 
 use frontend::Error;
+use frontend::guest::Random;
 use frontend::message::header;
 use frontend::protocol::flag;
 
-use crate::common::Random;
 use crate::rig::{Answer, Bad, Stage, WRONG_FILES};
 use crate::table::MESSAGES;
 

@@ -4,11 +4,12 @@ use std::time::{Duration, Instant};
 
 use nvme_target::{Listening, NamespaceSpec, PortSpec, SubsystemSpec, Target};
 use vhost_user_frontend::blk::status;
+use vhost_user_frontend::guest::Random;
+use vhost_user_frontend::guest::model::Model;
 use vhost_user_frontend::{Daemon, Device, Op};
 
-use crate::common::{Random, SOON, status_of, until};
+use crate::common::{SOON, status_of, until};
 use crate::load::{self, HANG, Load, Shape};
-use crate::model::Model;
 use crate::rig::{self, MIB, NQN, Rig, Setup};
 
 const SIZE: u64 = 8 * MIB;

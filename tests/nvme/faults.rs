@@ -8,10 +8,11 @@ use nvme_target::{
 };
 use vhost_user_frontend::Op;
 use vhost_user_frontend::blk::status;
+use vhost_user_frontend::guest::Random;
+use vhost_user_frontend::guest::model::Model;
 
-use crate::common::{Random, status_of};
+use crate::common::status_of;
 use crate::load::{self, Load, Shape, number_in};
-use crate::model::Model;
 use crate::rig::{MIB, Rig, Setup};
 
 const SIZE: u64 = 8 * MIB;

@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use nvme_target::{Fault, NamespaceSpec, On, PortSpec, Rule};
+use vhost_user_frontend::guest::Random;
+use vhost_user_frontend::guest::model::Model;
 
-use crate::common::Random;
 use crate::load::{self, Load, Shape};
-use crate::model::Model;
 use crate::rig::{MIB, Rig, Setup};
 
 const SHAPE: Shape = Shape {

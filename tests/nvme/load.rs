@@ -5,11 +5,9 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use nvme_target::Execution;
-use vhost_user_frontend::blk::status;
-use vhost_user_frontend::{BlkQueue, Completion, Device, Op, Segment};
-
-use crate::common::Random;
-use crate::model::{Kind, MAX_SEGMENTS, Model, Pending, SECTOR};
+use vhost_user_frontend::guest::Random;
+use vhost_user_frontend::guest::model::{Kind, MAX_SEGMENTS, Model, Pending, Places, SECTOR};
+use vhost_user_frontend::{BlkQueue, Completion, Device};
 
 /// No request may be under way for so long: far beyond all timeouts that the cases have.
 pub const HANG: Duration = Duration::from_secs(120);
@@ -47,6 +45,7 @@ pub struct Shape {
 /// A driver's requests on a disk.
 pub struct Load {
     shape: Shape,
+    places: Places,
     name: String,
     pub random: Random,
     pub model: Model,
@@ -64,6 +63,11 @@ impl Load {
         println!("{name}: seed {seed}");
         Self {
             shape,
+            places: Places {
+                max_sectors: shape.max_sectors,
+                align: shape.align,
+                grain: shape.grain,
+            },
             name: format!("{name}, seed {seed}"),
             random: Random::new(seed),
             model,
@@ -88,47 +92,6 @@ impl Load {
         format!("{}, after {} requests", self.name, self.submitted)
     }
 
-    /// A range that nobody uses, half of the time in a small part of the disk, where requests meet often.
-    fn pick_range(&mut self) -> Option<Segment> {
-        let Shape {
-            max_sectors,
-            align,
-            grain,
-            ..
-        } = self.shape;
-        let sectors = self.model.sectors();
-        let r = &mut self.random;
-        let len = match r.below(8) {
-            0 => 1 + r.below(max_sectors),
-            1 => grain.min(max_sectors),
-            _ => 1 + r.below(12),
-        };
-        let span = match r.below(2) {
-            0 => sectors / 16,
-            _ => sectors,
-        };
-        let mut sector = r.below(span);
-        match r.below(4) {
-            0 => sector = sector / grain * grain,
-            1 => {
-                sector = (sector / grain + 1) * grain;
-                sector = sector.saturating_sub(1 + r.below(len.min(4)));
-            }
-            _ => {}
-        }
-        let sector = sector.min(sectors - align) / align * align;
-        let len = len
-            .next_multiple_of(align)
-            .min(max_sectors)
-            .min(sectors - sector);
-        let range = sector as usize..(sector + len) as usize;
-        if self.model.busy[range.clone()].iter().any(|b| *b) {
-            return None;
-        }
-        self.model.busy[range].fill(true);
-        Some(Segment::new(sector, len as u32))
-    }
-
     fn pick(&mut self) -> Option<Pending> {
         let kind = match self.random.below(100) {
             0..=39 => Kind::Read,
@@ -137,33 +100,16 @@ impl Load {
             89..=95 => Kind::Discard,
             _ => Kind::Flush,
         };
-        let wanted = match kind {
-            Kind::Flush => 0,
-            Kind::Read | Kind::Write => 1,
-            _ => 1 + self.random.below(self.max_segments as u64) as usize,
-        };
-        let mut request = Pending {
-            kind,
-            segments: [Segment::new(0, 0); MAX_SEGMENTS],
-            count: 0,
-            seed: self.random.next(),
-        };
-        for _ in 0..wanted {
-            if let Some(mut segment) = self.pick_range() {
-                if kind == Kind::Zero && self.random.below(2) == 0 {
-                    segment = segment.unmap();
-                }
-                request.segments[request.count] = segment;
-                request.count += 1;
-            }
-        }
-        (kind == Kind::Flush || request.count > 0).then_some(request)
+        let (places, model) = (&self.places, &mut self.model);
+        let range = |random: &mut Random| places.pick(random, model);
+        Pending::pick(kind, &mut self.random, self.max_segments, range)
     }
 
     fn submit(&mut self, queue: &mut BlkQueue) {
         let Some(request) = self.pick() else { return };
         let token = self.submitted;
-        queue.submit(op(&request, &request.data()), token).unwrap();
+        let data = request.data();
+        queue.submit(request.op(&data), token).unwrap();
         if matches!(request.kind, Kind::Write | Kind::Zero | Kind::Discard) {
             self.changes.push(request);
         }
@@ -176,23 +122,7 @@ impl Load {
         let request =
             request.unwrap_or_else(|| panic!("{done:?} completes twice; {}", self.what()));
         let what = format!("{request:?}; {}", self.what());
-        assert_eq!(done.status, status::OK, "{what}");
-        let read = match request.kind {
-            Kind::Read => request.segments[0].num_sectors * SECTOR as u32,
-            _ => 0,
-        };
-        assert_eq!(done.used_len, read + 1, "{what}");
-        if request.kind == Kind::Read {
-            let mut got = vec![0; read as usize];
-            queue.copy_data(done.slot, &mut got);
-            let first = request.segments[0].sector as usize;
-            self.model.check_read(first, &got, &|| what.clone());
-        }
-        self.model.apply(&request);
-        for range in request.ranges() {
-            self.model.busy[range].fill(false);
-        }
-        queue.release(done);
+        self.model.complete(queue, &request, done, &|| what.clone());
         self.completed += 1;
         self.last = Instant::now();
     }
@@ -247,14 +177,8 @@ impl Load {
 
     /// Reads all of the disk; then no discarded sector is undecided any more.
     pub fn read_all(&mut self, device: &mut Device) {
-        let what = format!("{}, at the end", self.name);
-        let sectors = self.model.sectors();
-        for first in (0..sectors).step_by(self.shape.max_sectors as usize) {
-            let len = self.shape.max_sectors.min(sectors - first) as u32 * SECTOR as u32;
-            let got = device.read(first, len).unwrap();
-            self.model
-                .check_read(first as usize, &got, &|| what.clone());
-        }
+        let (name, step) = (&self.name, self.shape.max_sectors);
+        self.model.check_all(device, step, &|| name.clone());
     }
 
     /// Every command that changed blocks was a part of a request that was made, with that request's data.
@@ -298,23 +222,5 @@ impl Load {
         }
         let writes = seen.iter().filter(|((opcode, ..), _)| *opcode == WRITE);
         writes.filter(|(_, times)| **times > 1).count()
-    }
-}
-
-/// The operation of a request; `data` is that of a write.
-pub fn op<'a>(request: &'a Pending, data: &'a [u8]) -> Op<'a> {
-    let segments = &request.segments[..request.count];
-    match request.kind {
-        Kind::Read => Op::Read {
-            sector: segments[0].sector,
-            len: segments[0].num_sectors * SECTOR as u32,
-        },
-        Kind::Write => Op::Write {
-            sector: segments[0].sector,
-            data,
-        },
-        Kind::Zero => Op::WriteZeroes(segments),
-        Kind::Discard => Op::Discard(segments),
-        Kind::Flush => Op::Flush,
     }
 }

@@ -12,10 +12,5 @@ mod faults;
 mod kills;
 mod load;
 mod migration;
-#[path = "../differential/model.rs"]
-mod model;
 mod requests;
 mod rig;
-#[path = "../migration/vm.rs"]
-#[allow(dead_code, reason = "the migration of images has more uses of it")]
-mod vm;

@@ -3,11 +3,12 @@
 
 use nvme_target::{Execution, NamespaceSpec, PortSpec, Target};
 use vhost_user_frontend::blk::status;
-use vhost_user_frontend::{Daemon, Device, Disk, Memory, Op, TempDir};
+use vhost_user_frontend::guest::Random;
+use vhost_user_frontend::guest::vm::{DISK, Log, QUEUE_SIZE, Vm, Vmm};
+use vhost_user_frontend::{Daemon, Device, Disk, Op, TempDir};
 
-use crate::common::{Random, SOON, program, status_of, until};
+use crate::common::{SOON, program, status_of, until};
 use crate::rig::{self, Setup, host, subsystem_uri};
-use crate::vm::{DISK, Log, QUEUE_SIZE, Vm, Vmm};
 
 fn setup() -> Setup {
     Setup::new(NamespaceSpec::new(1, DISK)).ports([PortSpec::loopback(), PortSpec::loopback()])
@@ -49,34 +50,8 @@ impl Host {
 
     /// As a source: with the rings started and a region for what is in flight.
     fn boot(&self, vm: &mut Vm) -> Vmm {
-        let vmm = self.connect(vm);
-        vmm.client.set_inflight_fd(&vmm.new_inflight()).unwrap();
-        vmm.start(vm, [0, 0], false).unwrap();
-        vmm
+        Vmm::boot(self.daemon.socket(), vm)
     }
-}
-
-/// Everything of a migration until the rings of the source are about to stop: the copy.
-fn copy_while_running(vm: &mut Vm, source: &Vmm, log: &Log) -> Memory {
-    let copy = vm.new_memory();
-    source.log_on(vm, log);
-    vm.copy(vm.pages(), &copy);
-    for _ in 0..3 {
-        vm.run(200);
-        vm.copy(log.take(), &copy);
-    }
-    vm.run(200);
-    vm.submit();
-    copy
-}
-
-/// The target's side of the switchover.
-fn take_over(vm: &mut Vm, target: &Vmm, copy: Memory, bases: [u32; 2]) {
-    vm.move_to(copy);
-    target.client.set_mem_table(&vm.memory).unwrap();
-    let inflight = target.new_inflight();
-    target.client.set_inflight_fd(&inflight).unwrap();
-    target.start(vm, bases, false).unwrap();
 }
 
 /// All that was written has been flushed, and the flush answered, before now.
@@ -98,7 +73,7 @@ fn round_trips(seed: u64, args: &[&str]) {
         vm.run(300);
         let next = hosts[trip % 2].connect(&vm);
         let log = Log::new();
-        let copy = copy_while_running(&mut vm, &source, &log);
+        let copy = source.copy_while_running(&mut vm, &log, 3);
         let bases = source.stop();
         let journal = target.journal();
         assert_flushed(&journal);
@@ -106,7 +81,7 @@ fn round_trips(seed: u64, args: &[&str]) {
         vm.copy(log.take(), &copy);
         assert_eq!(vm.stale(&copy), [], "trip {trip}");
         // Nothing comes of the source any more, whatever it still has open.
-        take_over(&mut vm, &next, copy, bases);
+        next.take_over(&mut vm, copy, bases);
         vm.run(300);
         let (before, after) = (&journal, &target.journal()[journal.len()..]);
         let of_source = before.last().unwrap().cntlid;

@@ -2,10 +2,10 @@
 
 use nvme_target::{NamespaceSpec, PortSpec};
 use vhost_user_frontend::Segment;
+use vhost_user_frontend::guest::Random;
+use vhost_user_frontend::guest::model::Model;
 
-use crate::common::Random;
 use crate::load::{self, Load, Shape};
-use crate::model::Model;
 use crate::rig::{MIB, Rig, Setup};
 
 const SIZES: [u64; 9] = [1, 2, 7, 8, 16, 17, 64, 255, 1024];

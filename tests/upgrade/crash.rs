@@ -1,6 +1,6 @@
 //! What an upgrade leaves behind is killed: the VMM's inflight region, with the journal in it, is all there is.
 
-use crate::common::Random;
+use crate::frontend::guest::Random;
 use crate::frontend::{Device, Disk, TempDir, qemu};
 use crate::rig::{Load, MIB, New, Rig};
 use crate::{in_memory, make_overlay, packed};

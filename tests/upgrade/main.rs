@@ -4,21 +4,17 @@
 mod common;
 mod crash;
 mod migration;
-#[path = "../differential/model.rs"]
-mod model;
 mod resize;
 mod rig;
-#[allow(dead_code)] // What else a VM can do, the tests of migrations use.
-#[path = "../migration/vm.rs"]
-mod vm;
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
-use common::{Random, until};
+use common::until;
 use rig::{Load, MIB, New, Rig, Watchman, options};
 use vhost_user_frontend as frontend;
 
+use frontend::guest::Random;
 use frontend::{Client, Device, DeviceOptions, Disk, TempDir, process, qemu};
 
 /// A program that speaks something else. (Only bash can redirect to descriptors above 9.)

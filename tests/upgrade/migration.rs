@@ -1,9 +1,10 @@
 //! Upgrades of the source of a migration: marks go on in the same log.
 
-use crate::common::{Random, until};
+use crate::common::until;
+use crate::frontend::guest::Random;
+use crate::frontend::guest::vm::{DISK, Log, QUEUE_SIZE, Vm, Vmm};
 use crate::frontend::{Daemon, Disk, Program, TempDir, qemu};
 use crate::rig::{New, Rig};
-use crate::vm::{DISK, Log, QUEUE_SIZE, Vm, Vmm};
 
 #[test]
 fn upgrades_of_the_source_of_a_migration_lose_no_mark() {
@@ -19,12 +20,7 @@ fn upgrades_of_the_source_of_a_migration_lose_no_mark() {
     let mut rig = Rig::start(dir, &disk, 60_000);
 
     let mut vm = Vm::new(contents, 3);
-    let source = Vmm::connect(&rig.dir.join("s"), &vm);
-    source
-        .client
-        .set_inflight_fd(&source.new_inflight())
-        .unwrap();
-    source.start(&mut vm, [0, 0], false).unwrap();
+    let source = Vmm::boot(&rig.dir.join("s"), &mut vm);
     vm.run(100);
     let log = Log::new();
     let copy = vm.new_memory();
@@ -86,13 +82,7 @@ fn upgrades_of_the_source_of_a_migration_lose_no_mark() {
     let program = Program::Virtioblkd(env!("CARGO_BIN_EXE_virtioblkd").into());
     let host = Daemon::start(&program, &disk, elsewhere.path());
     let target = Vmm::connect(host.socket(), &vm);
-    vm.move_to(copy);
-    target.client.set_mem_table(&vm.memory).unwrap();
-    target
-        .client
-        .set_inflight_fd(&target.new_inflight())
-        .unwrap();
-    target.start(&mut vm, bases, false).unwrap();
+    target.take_over(&mut vm, copy, bases);
     vm.run(100);
     vm.check_disk();
     drop(source);

@@ -12,13 +12,11 @@ use std::thread::JoinHandle;
 
 use vhost_user_frontend as frontend;
 
-use frontend::blk::status;
-use frontend::{
-    Daemon, Device, DeviceOptions, Disk, Op, Program, Segment, SlotOptions, TempDir, qemu,
-};
+use frontend::guest::Random;
+use frontend::guest::model::{Kind, Model, Pending, SECTOR};
+use frontend::{Daemon, Device, DeviceOptions, Disk, Program, SlotOptions, TempDir, qemu};
 
-use crate::common::{Random, SOON, until};
-use crate::model::{Kind, Model, Pending, SECTOR};
+use crate::common::{SOON, until};
 
 pub const MIB: u64 = 1 << 20;
 
@@ -363,44 +361,20 @@ impl Load {
         };
         let len = 1 + self.random.below(64);
         let sector = self.random.below(self.model.sectors() - len);
-        let range = sector as usize..(sector + len) as usize;
-        if self.model.busy[range.clone()].iter().any(|busy| *busy) {
-            return;
-        }
+        // No discards: they would leave more than one right answer.
         let kind = match self.random.below(20) {
             0 => Kind::Flush,
             1 => Kind::Zero,
             2..8 => Kind::Read,
             _ => Kind::Write,
         };
-        let mut request = Pending {
-            kind,
-            segments: [Segment::new(sector, len as u32); 4],
-            count: usize::from(kind != Kind::Flush),
-            seed: self.random.next(),
+        let model = &mut self.model;
+        let range = |_: &mut Random| model.take(sector, len);
+        let Some(request) = Pending::pick(kind, &mut self.random, 1, range) else {
+            return;
         };
-        if kind == Kind::Flush {
-            request.count = 0;
-        } else {
-            self.model.busy[range].fill(true);
-        }
-        let data;
-        let op = match kind {
-            Kind::Read => Op::Read {
-                sector,
-                len: len as u32 * SECTOR as u32,
-            },
-            Kind::Write => {
-                data = request.data();
-                Op::Write {
-                    sector,
-                    data: &data,
-                }
-            }
-            Kind::Zero => Op::WriteZeroes(&request.segments[..1]),
-            _ => Op::Flush,
-        };
-        queue.submit(op, token as u64).unwrap();
+        let data = request.data();
+        queue.submit(request.op(&data), token as u64).unwrap();
         self.pending[token] = Some(request);
     }
 
@@ -408,24 +382,16 @@ impl Load {
         let Some(done) = queue.poll().unwrap() else {
             return false;
         };
-        let request = self.pending[done.token as usize]
-            .take()
-            .expect("completed once");
-        assert_eq!(done.status, status::OK, "{request:?}");
-        if request.kind == Kind::Read {
-            let mut got = vec![0; request.segments[0].num_sectors as usize * SECTOR];
-            queue.copy_data(done.slot, &mut got);
-            let what = || format!("{request:?}");
-            self.model
-                .check_read(request.segments[0].sector as usize, &got, &what);
-        }
-        self.model.apply(&request);
-        for range in request.ranges() {
-            self.model.busy[range].fill(false);
-        }
-        queue.release(done);
-        self.completed += 1;
+        self.completed(queue, done);
         true
+    }
+
+    fn completed(&mut self, queue: &mut frontend::BlkQueue, done: frontend::Completion) {
+        let request = self.pending[done.token as usize].take();
+        let request = request.expect("completed once");
+        let what = || format!("{request:?}");
+        self.model.complete(queue, &request, done, &what);
+        self.completed += 1;
     }
 
     /// Has requests in flight on every queue.
@@ -473,28 +439,12 @@ impl Load {
             while queue.slots_taken() > 0 {
                 if !self.complete(queue) {
                     let done = queue.wait(SOON).unwrap();
-                    let request = self.pending[done.token as usize].take().unwrap();
-                    assert_eq!(done.status, status::OK);
-                    if request.kind == Kind::Read {
-                        let mut got = vec![0; request.segments[0].num_sectors as usize * SECTOR];
-                        queue.copy_data(done.slot, &mut got);
-                        let what = || format!("{request:?}");
-                        self.model
-                            .check_read(request.segments[0].sector as usize, &got, &what);
-                    }
-                    self.model.apply(&request);
-                    for range in request.ranges() {
-                        self.model.busy[range].fill(false);
-                    }
-                    queue.release(done);
+                    self.completed(queue, done);
                 }
             }
         }
-        for first in (0..self.model.sectors()).step_by(64) {
-            let got = device.read(first, 64 * SECTOR as u32).unwrap();
-            self.model
-                .check_read(first as usize, &got, &|| "at the end".to_owned());
-        }
+        let what = || format!("after {} requests", self.completed);
+        self.model.check_all(device, 64, &what);
     }
 }
 

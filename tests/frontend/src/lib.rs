@@ -5,7 +5,7 @@
 //!
 //! From the bottom up: [`memory`] is guest memory; [`message`] and [`client`] speak vhost-user; [`ring`] drives a virtqueue,
 //! [`blk`] and [`blk_queue`] put block requests on it; [`device`] joins them into a disk that can be read and
-//! written; [`postcopy`] brings its pages late. [`daemon`], [`process`] and [`qemu`] run what is tested and look at it from outside.
+//! written; [`postcopy`] brings its pages late; [`guest`] knows what the disk must hold. [`daemon`], [`process`] and [`qemu`] run what is tested and look at it from outside.
 //!
 //! What a test does wrong itself ends in a panic that says so; what a backend does wrong ends in an [`Error`].
 
@@ -16,6 +16,7 @@ pub mod config_watch;
 pub mod daemon;
 pub mod device;
 mod error;
+pub mod guest;
 pub mod memory;
 pub mod message;
 pub mod postcopy;

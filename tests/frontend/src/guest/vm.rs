@@ -10,17 +10,19 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
-use vhost_user_frontend as frontend;
+use super::Random;
+use crate::blk::{self, request_type, status};
+use crate::client::Client;
+use crate::error::{Error, Result};
+use crate::memory::{Memory, Region, RegionSpec};
+use crate::message::Inflight;
+use crate::protocol::{VRING_F_LOG, feature, protocol_feature};
+use crate::ring::{Buf, Notify, RingLayout, SplitQueue};
 
-use frontend::blk::{self, request_type, status};
-use frontend::memory::Region;
-use frontend::message::Inflight;
-use frontend::protocol::{VRING_F_LOG, feature, protocol_feature};
-use frontend::ring::RingLayout;
-use frontend::{Buf, Client, Error, Memory, Notify, RegionSpec, SplitQueue};
+/// Deadline of what should take milliseconds; generous, since tests share processors.
+const SOON: Duration = Duration::from_secs(60);
 
-use crate::common::{Random, SOON};
-
+/// Bytes.
 pub const PAGE: u64 = 4096;
 /// Large enough that a used ring takes three pages: its index in the first, `avail_event` in the last, and the
 /// second has nothing but elements.
@@ -30,6 +32,7 @@ const SLOTS: usize = 32;
 /// Bytes of the disk that a slot has for itself.
 const SLOT_BYTES: u64 = 256 << 10;
 const DATA_BYTES: u64 = 4 * PAGE;
+/// Bytes of the disk.
 pub const DISK: u64 = SLOTS as u64 * SLOT_BYTES;
 
 #[derive(Clone, Copy, Debug)]
@@ -41,6 +44,7 @@ enum Running {
 }
 
 /// A request's buffers.
+#[derive(Debug)]
 struct Slot {
     queue: usize,
     /// Written by the guest: the header, and the data of a write behind it in a page of its own.
@@ -53,6 +57,7 @@ struct Slot {
 }
 
 /// The VM.
+#[derive(Debug)]
 pub struct Vm {
     /// Where the guest finds its memory, whatever is behind it.
     view: Memory,
@@ -64,6 +69,7 @@ pub struct Vm {
     pub model: Vec<u8>,
     random: Random,
     guest_pages: BTreeSet<u64>,
+    /// Requests so far.
     pub completed: u64,
     /// The guest flushes now and then.
     pub flushes: bool,
@@ -353,9 +359,17 @@ pub fn copy_of(region: &Inflight) -> Inflight {
 }
 
 /// The dirty log as a VMM keeps it.
+#[derive(Debug)]
 pub struct Log(Region);
 
+impl Default for Log {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Log {
+    /// With no page marked.
     pub fn new() -> Self {
         let end = specs().iter().map(|s| s.guest_addr + s.size).max().unwrap();
         let bytes = (end / PAGE).div_ceil(64) * 8;
@@ -387,7 +401,9 @@ impl Log {
 }
 
 /// A VMM's connection with a daemon, as QEMU has it.
+#[derive(Debug)]
 pub struct Vmm {
+    /// The connection.
     pub client: Client,
     features: u64,
     protocol: u64,
@@ -425,6 +441,38 @@ impl Vmm {
         }
     }
 
+    /// As the source of a migration: with the rings started and a region for what is in flight.
+    pub fn boot(socket: &Path, vm: &mut Vm) -> Self {
+        let vmm = Self::connect(socket, vm);
+        vmm.client.set_inflight_fd(&vmm.new_inflight()).unwrap();
+        vmm.start(vm, [0, 0], false).unwrap();
+        vmm
+    }
+
+    /// Everything of a migration until the rings of this source are about to stop: the copy. The guest is busy
+    /// throughout, and memory is copied `rounds` times by what was marked.
+    pub fn copy_while_running(&self, vm: &mut Vm, log: &Log, rounds: u32) -> Memory {
+        let copy = vm.new_memory();
+        self.log_on(vm, log);
+        vm.copy(vm.pages(), &copy);
+        for _ in 0..rounds {
+            vm.run(200);
+            vm.copy(log.take(), &copy);
+        }
+        vm.run(200);
+        vm.submit();
+        copy
+    }
+
+    /// This target's side of the switchover: the VM goes on in its copy, with the rings where the source stopped.
+    pub fn take_over(&self, vm: &mut Vm, copy: Memory, bases: [u32; QUEUES]) {
+        vm.move_to(copy);
+        self.client.set_mem_table(&vm.memory).unwrap();
+        let inflight = self.new_inflight();
+        self.client.set_inflight_fd(&inflight).unwrap();
+        self.start(vm, bases, false).unwrap();
+    }
+
     /// Asks for an inflight region of this VM's shape.
     pub fn new_inflight(&self) -> Inflight {
         let client = &self.client;
@@ -432,7 +480,7 @@ impl Vmm {
     }
 
     /// Starts the rings where they are to go on.
-    pub fn start(&self, vm: &mut Vm, bases: [u32; QUEUES], log: bool) -> frontend::Result<()> {
+    pub fn start(&self, vm: &mut Vm, bases: [u32; QUEUES], log: bool) -> Result<()> {
         for (index, base) in bases.into_iter().enumerate() {
             let i = index as u32;
             let ring = &mut vm.queues[index];
