@@ -1,8 +1,8 @@
 //! The I/O queues of one thread: a connection for each path, and the requests that are spread over them.
 //!
 //! - [`table`] knows the requests and their commands.
-//! - [`dispatch`] cuts requests into commands, chooses queues for them, and decides what becomes of a command that
-//!   failed or lost its connection.
+//! - [`dispatch`] cuts requests into commands, chooses queues for them, and gives requests back that have ended.
+//! - [`recovery`] decides what becomes of a command that failed, lost its connection or takes too long.
 //! - [`connection`] is one queue: the protocol's state machine, its socket, and the two tasks between them.
 //! - [`transport`] is what is between machine and socket: nothing, or TLS.
 //!
@@ -11,6 +11,7 @@
 
 pub(super) mod connection;
 pub(super) mod dispatch;
+mod recovery;
 pub(super) mod table;
 mod transport;
 
