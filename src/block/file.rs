@@ -76,7 +76,7 @@ impl FileStorage {
         };
         Ok(Self {
             path: path.to_owned(),
-            file: IoFile::new(file),
+            file: IoFile::of_disk(file),
             device: opened.device,
             direct: opened.direct,
             read_only: options.read_only,

@@ -24,7 +24,7 @@ use super::stats::RingStats;
 use crate::block::{self, ActiveDisk};
 use crate::kill_point::kill_point;
 use crate::mappings;
-use crate::reactor::{Io, IoFile, Sg, TaskId};
+use crate::reactor::{INLINE_SHARE, Io, IoFile, Sg, TaskId};
 use crate::virtio::blk::request::{self, Command, Outcome, Parsed, Reply, Status};
 use crate::virtio::dirty::DirtyLog;
 use crate::virtio::memory::GuestMemory;
@@ -228,6 +228,7 @@ impl Queue {
             }
             budget = self.ring.borrow().backlog();
         }
+        let inline_work = self.io.inline_work();
         while fetched < budget {
             let popped = self.ring.borrow_mut().pop();
             match popped {
@@ -242,6 +243,10 @@ impl Queue {
                 break;
             }
             fetched += 1;
+            // Requests that ended as they began are shown to the driver now and then.
+            if self.io.inline_work() - inline_work >= INLINE_SHARE {
+                break;
+            }
         }
         if fetched > 0 {
             self.stats.requests.add(u64::from(fetched));

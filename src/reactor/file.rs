@@ -6,6 +6,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use super::inline;
+
 /// Registered-file slots of every ring; files beyond it are used by descriptor.
 pub(super) const SLOTS: usize = 256;
 
@@ -23,9 +25,19 @@ pub struct IoFile {
     file: File,
     slot: Option<u32>,
     identity: u64,
+    in_memory: bool,
 }
 
 impl IoFile {
+    /// Takes a file over that holds a disk's bytes. If it is in memory, transfers are made as they are begun and
+    /// not by the ring: see `inline`. Asks the file system, so it is for where files are opened.
+    pub fn of_disk(file: File) -> Self {
+        let in_memory = inline::is_in_memory(&file);
+        let mut made = Self::new(file);
+        made.in_memory = in_memory;
+        made
+    }
+
     /// Takes the file over.
     pub fn new(file: File) -> Self {
         let reused = FREE.lock().unwrap_or_else(PoisonError::into_inner).pop();
@@ -41,6 +53,7 @@ impl IoFile {
             file,
             slot,
             identity,
+            in_memory: false,
         }
     }
 
@@ -50,12 +63,19 @@ impl IoFile {
             file,
             slot: None,
             identity: NEXT_IDENTITY.fetch_add(1, Ordering::Relaxed),
+            in_memory: false,
         }
     }
 
     /// The file, for calls that do not go through a ring.
     pub fn get(&self) -> &File {
         &self.file
+    }
+
+    /// True if its file system is memory, and the ring would hand each request to a thread.
+    #[inline]
+    pub(super) fn is_in_memory(&self) -> bool {
+        self.in_memory
     }
 
     pub(super) fn slot(&self) -> Option<(u32, u64)> {

@@ -4,7 +4,8 @@
 //! task from another thread ([`std::task::Waker`]) and the [`epoch`] domain.
 //!
 //! - `Io::read`, `Io::write` and their kin queue a submission at once and return a future of the
-//!   result; nothing enters the kernel until [`Io::turn`] (or [`Io::park`]) submits the whole batch.
+//!   result; nothing enters the kernel until [`Io::turn`] (or [`Io::park`]) submits the whole batch, but for
+//!   transfers to files in memory, which are made at once (`inline`).
 //! - [`Io::spawn`] and [`Io::slot`] make tasks, [`Io::block_on`] runs one future to its end.
 //! - `Io::begin_software` makes an operation that another task completes: of a request that goes over a
 //!   connection which that task serves.
@@ -18,6 +19,7 @@ pub mod buf;
 pub mod epoch;
 mod executor;
 mod file;
+mod inline;
 mod local;
 mod op;
 mod operations;
@@ -32,6 +34,7 @@ pub use buf::{AlignedBuf, Sg};
 pub use epoch::{Epoch, Epochs, Pin};
 pub use executor::TaskId;
 pub use file::IoFile;
+pub(crate) use inline::INLINE_SHARE;
 pub(crate) use local::LocalSlot;
 pub use op::Op;
 pub use ring::{Doorbell, Io, IoConfig};

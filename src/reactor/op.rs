@@ -175,19 +175,53 @@ impl OpTable {
 #[derive(Debug)]
 #[must_use = "an operation that nobody awaits is waited for when it is dropped"]
 pub struct Op<'a> {
-    pub(super) io: &'a Io,
-    pub(super) index: u32,
-    /// Set while the table's entry is ours.
-    pub(super) live: bool,
+    io: &'a Io,
+    stage: Stage,
     /// The iovecs that the kernel reads, where the caller's own could not be used.
-    pub(super) iovecs: Option<Vec<iovec>>,
-    pub(super) memory: PhantomData<&'a ()>,
+    iovecs: Option<Vec<iovec>>,
+    memory: PhantomData<&'a ()>,
 }
 
-impl Op<'_> {
-    fn finish(&mut self) {
-        self.live = false;
-        self.io.ops().release(self.index);
+/// How far an [`Op`] is.
+#[derive(Clone, Copy, Debug)]
+enum Stage {
+    /// The kernel has it, or will; this entry of the table is ours.
+    Queued(u32),
+    /// It was made when it was begun, with this result.
+    Ended(i32),
+    /// Its result was taken.
+    Over,
+}
+
+impl<'a> Op<'a> {
+    pub(super) fn queued(io: &'a Io, index: u32, iovecs: Option<Vec<iovec>>) -> Self {
+        Self {
+            io,
+            stage: Stage::Queued(index),
+            iovecs,
+            memory: PhantomData,
+        }
+    }
+
+    #[inline]
+    pub(super) fn ended(io: &'a Io, result: i32) -> Self {
+        Self {
+            io,
+            stage: Stage::Ended(result),
+            iovecs: None,
+            memory: PhantomData,
+        }
+    }
+
+    /// True if it was left to the kernel and its result not taken.
+    #[cfg(test)]
+    pub(super) fn is_queued(&self) -> bool {
+        matches!(self.stage, Stage::Queued(_))
+    }
+
+    fn finish(&mut self, index: u32) {
+        self.stage = Stage::Over;
+        self.io.ops().release(index);
         if let Some(iovecs) = self.iovecs.take() {
             self.io.give_iovecs(iovecs);
         }
@@ -198,11 +232,21 @@ impl Future for Op<'_> {
     type Output = io::Result<u32>;
 
     fn poll(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Self::Output> {
-        let polled = self.io.ops().poll(self.index, self.io.current_task());
-        let Poll::Ready(result) = polled else {
-            return Poll::Pending;
+        let result = match self.stage {
+            Stage::Queued(index) => {
+                let polled = self.io.ops().poll(index, self.io.current_task());
+                let Poll::Ready(result) = polled else {
+                    return Poll::Pending;
+                };
+                self.finish(index);
+                result
+            }
+            Stage::Ended(result) => {
+                self.stage = Stage::Over;
+                result
+            }
+            Stage::Over => -libc::ECANCELED,
         };
-        self.finish();
         Poll::Ready(if result < 0 {
             Err(io::Error::from_raw_os_error(-result))
         } else {
@@ -213,9 +257,9 @@ impl Future for Op<'_> {
 
 impl Drop for Op<'_> {
     fn drop(&mut self) {
-        if self.live {
-            self.io.wait_for(self.index);
-            self.finish();
+        if let Stage::Queued(index) = self.stage {
+            self.io.wait_for(index);
+            self.finish(index);
         }
     }
 }

@@ -1,6 +1,5 @@
 //! The operations that a task can queue.
 
-use std::marker::PhantomData;
 use std::time::Duration;
 
 use io_uring::types::{Fd, Fixed, FsyncFlags, Timespec};
@@ -46,6 +45,9 @@ impl Io {
     }
 
     fn transfer<'a>(&'a self, file: &IoFile, offset: u64, sg: Sg<'a>, write: bool) -> Op<'a> {
+        if let Some(ended) = self.transfer_inline(file, offset, sg, write) {
+            return ended;
+        }
         let fd = self.inner.name(file);
         let mut pieces = sg.iter();
         let first = pieces.next().unwrap_or((std::ptr::null_mut(), 0));
@@ -67,12 +69,7 @@ impl Io {
         let (iovecs, count) = match sg.whole() {
             Some(all) => (all.as_ptr(), all.len().min(IOV_MAX) as u32),
             None => {
-                let mut list = self.take_iovecs();
-                list.extend(sg.iter().take(IOV_MAX).map(|(ptr, len)| iovec {
-                    iov_base: ptr.cast(),
-                    iov_len: len,
-                }));
-                let list = copied.insert(list);
+                let list = copied.insert(self.iovecs_of(sg));
                 (list.as_ptr(), list.len() as u32)
             }
         };
@@ -97,6 +94,9 @@ impl Io {
 
     /// Makes the file's data durable, and the metadata needed to read it (fdatasync).
     pub(crate) fn fdatasync(&self, file: &IoFile) -> Op<'_> {
+        if let Some(ended) = self.fdatasync_inline(file) {
+            return ended;
+        }
         self.start(
             self.inner.name(file),
             |fd| entry!(fd, fd => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build()),
@@ -106,6 +106,9 @@ impl Io {
 
     /// `fallocate(2)` with `mode` (`libc::FALLOC_FL_*`).
     pub(crate) fn fallocate(&self, file: &IoFile, mode: i32, offset: u64, len: u64) -> Op<'_> {
+        if let Some(ended) = self.fallocate_inline(file, mode, offset, len) {
+            return ended;
+        }
         self.start(
             self.inner.name(file),
             |fd| {
@@ -125,7 +128,7 @@ impl Io {
                 .user_data(index.into()),
         );
         // A timeout's result is -ETIME: it ended.
-        let _ = self.op(index, None).await;
+        let _ = Op::queued(self, index, None).await;
     }
 
     /// Ends when the file has something to read (POLLIN) or was hung up. Unlike a read, it also waits on
@@ -160,21 +163,28 @@ impl Io {
     ) -> Op<'_> {
         let index = self.ops().begin(self.current_task());
         self.inner.push(&build(fd).user_data(index.into()));
-        self.op(index, iovecs)
+        Op::queued(self, index, iovecs)
     }
 
-    fn op(&self, index: u32, iovecs: Option<Vec<iovec>>) -> Op<'_> {
-        Op {
-            io: self,
-            index,
-            live: true,
-            iovecs,
-            memory: PhantomData,
+    /// Calls with iovecs of the list, as many as the kernel takes.
+    #[inline]
+    pub(super) fn with_iovecs<R>(&self, sg: Sg<'_>, then: impl FnOnce(&[iovec]) -> R) -> R {
+        if let Some(all) = sg.whole() {
+            return then(&all[..all.len().min(IOV_MAX)]);
         }
+        let list = self.iovecs_of(sg);
+        let result = then(&list);
+        self.give_iovecs(list);
+        result
     }
 
-    fn take_iovecs(&self) -> Vec<iovec> {
-        self.inner.iovecs.borrow_mut().pop().unwrap_or_default()
+    fn iovecs_of(&self, sg: Sg<'_>) -> Vec<iovec> {
+        let mut list = self.inner.iovecs.borrow_mut().pop().unwrap_or_default();
+        list.extend(sg.iter().take(IOV_MAX).map(|(ptr, len)| iovec {
+            iov_base: ptr.cast(),
+            iov_len: len,
+        }));
+        list
     }
 
     pub(super) fn give_iovecs(&self, mut list: Vec<iovec>) {

@@ -73,6 +73,8 @@ pub(super) struct Inner {
     epochs: Arc<Epochs>,
     /// Counted by `enter`: calls into the kernel.
     enters: Cell<u64>,
+    /// See [`Io::inline_work`].
+    pub(super) inline_work: Cell<usize>,
 }
 
 struct Ring {
@@ -130,6 +132,7 @@ impl Io {
             locals: RefCell::new(Vec::new()),
             epochs: config.epochs.clone(),
             enters: Cell::new(0),
+            inline_work: Cell::new(0),
         });
         inner.arm_doorbell();
         let _owner = Some(Rc::new(Owner(inner.clone())));
@@ -219,6 +222,7 @@ impl Io {
     pub fn turn(&self) -> bool {
         let inner = &*self.inner;
         inner.participant.quiesce();
+        inner.inline_work.set(0);
         let woken = inner.remote.pending.load(Ordering::Relaxed)
             && inner.remote.pending.swap(false, Ordering::SeqCst);
         if woken {
