@@ -4,8 +4,8 @@
 //! task from another thread ([`std::task::Waker`]) and the [`epoch`] domain.
 //!
 //! - `Io::read`, `Io::write` and their kin queue a submission at once and return a future of the
-//!   result; nothing enters the kernel until [`Io::turn`] (or [`Io::park`]) submits the whole batch, but for
-//!   transfers to files in memory, which are made at once (`inline`).
+//!   result. Operations enter the kernel in groups of a few, and what is left of them when [`Io::turn`] (or
+//!   [`Io::park`]) submits it. Transfers to files in memory are made at once (`inline`).
 //! - [`Io::spawn`] and [`Io::slot`] make tasks, [`Io::block_on`] runs one future to its end.
 //! - `Io::begin_software` makes an operation that another task completes: of a request that goes over a
 //!   connection which that task serves.

@@ -28,6 +28,14 @@ use super::operations::Name;
 const DOORBELL: u64 = u64::MAX;
 /// `user_data` of a cancellation; its own result says nothing that the cancelled operation's does not.
 const CANCEL: u64 = u64::MAX - 1;
+/// IORING_ENTER_GETEVENTS.
+const GETEVENTS: u32 = 1;
+/// So many operations are submitted without waiting for more. The kernel shows a disk a whole batch at once, and
+/// takes some microseconds an operation to get there: a disk that has run dry stands still meanwhile.
+const GROUP: u32 = 2;
+/// So many completions are taken in a turn, for the same reason: what follows from them goes out before the next.
+const COMPLETIONS: usize = 4;
+
 /// How to make a reactor.
 #[derive(Clone, Debug)]
 pub struct IoConfig {
@@ -253,7 +261,7 @@ impl Io {
         inner.remote.sleeping.store(true, Ordering::SeqCst);
         fence(Ordering::SeqCst); // pairs with the fence in `Remote::ring`
         if !inner.remote.pending.load(Ordering::SeqCst) {
-            inner.enter(1, timeout);
+            inner.enter(1, GETEVENTS, timeout);
         }
         inner.remote.sleeping.store(false, Ordering::SeqCst);
         inner.participant.quiesce();
@@ -326,7 +334,7 @@ impl Io {
             if left.is_zero() {
                 return false;
             }
-            self.inner.enter(1, Some(left));
+            self.inner.enter(1, GETEVENTS, Some(left));
             self.inner.reap();
         }
     }
@@ -338,7 +346,7 @@ impl Io {
         let cancel = opcode::AsyncCancel::new(index.into()).build();
         self.inner.push(&cancel.user_data(CANCEL));
         while !self.ops().is_done(index) {
-            self.inner.enter(1, None);
+            self.inner.enter(1, GETEVENTS, None);
             self.inner.reap();
         }
     }
@@ -397,10 +405,14 @@ impl Inner {
             // the lifetimes and the drop of `Op`, timeouts in the operation table.
             if unsafe { ring.uring.submission().push(entry) }.is_ok() {
                 ring.queued += 1;
+                if ring.queued >= GROUP {
+                    drop(ring);
+                    self.enter(0, 0, None);
+                }
                 return;
             }
             drop(ring);
-            self.enter(0, None); // the queue is full: make room
+            self.enter(0, GETEVENTS, None); // the queue is full: make room
         }
     }
 
@@ -432,16 +444,16 @@ impl Inner {
             }
         };
         if due {
-            self.enter(0, None);
+            self.enter(0, GETEVENTS, None);
         }
         due
     }
 
-    fn enter(&self, want: u32, timeout: Option<Duration>) {
+    /// Submits what is queued, and waits for `want` completions. Without `GETEVENTS` the kernel posts none.
+    fn enter(&self, want: u32, flags: u32, timeout: Option<Duration>) {
         self.enters.set(self.enters.get() + 1);
         let mut ring = self.ring.borrow_mut();
         let timespec = timeout.map(Timespec::from);
-        const GETEVENTS: u32 = 1;
         let queued = ring.queued;
         let submitter = ring.uring.submitter();
         let result = match (&timespec, want) {
@@ -450,7 +462,7 @@ impl Inner {
                 submitter.submit_with_args(want as usize, &args)
             }
             // SAFETY: no argument is passed.
-            _ => unsafe { submitter.enter::<libc::sigset_t>(queued, want, GETEVENTS, None) },
+            _ => unsafe { submitter.enter::<libc::sigset_t>(queued, want, flags, None) },
         };
         if let Err(error) = &result {
             match error.raw_os_error() {
@@ -469,7 +481,7 @@ impl Inner {
         let mut ops = self.ops.borrow_mut();
         let mut count = 0;
         let mut rung = false;
-        for cqe in ring.uring.completion() {
+        for cqe in ring.uring.completion().take(COMPLETIONS) {
             count += 1;
             match cqe.user_data() {
                 DOORBELL => rung = true,
@@ -498,7 +510,7 @@ impl Drop for Inner {
         }
         self.submit();
         while self.ring.borrow().doorbell_armed || self.ops.borrow().pending() > 0 {
-            self.enter(1, None);
+            self.enter(1, GETEVENTS, None);
             let mut ring = self.ring.borrow_mut();
             let mut ops = self.ops.borrow_mut();
             let mut rung = false;

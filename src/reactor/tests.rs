@@ -72,6 +72,24 @@ fn a_full_submission_queue_makes_room_for_itself() {
 }
 
 #[test]
+fn operations_enter_the_kernel_in_groups_and_the_rest_with_the_turn() {
+    let io = io();
+    let file = IoFile::new(file(1 << 20));
+    io.turn();
+    let mut bufs: Vec<AlignedBuf> = (0..5).map(|_| io.buf(512)).collect();
+    io.block_on(async {
+        let before = io.enters();
+        let ops: Vec<Op<'_>> = bufs.iter_mut().map(|b| io.read(&file, 0, b.sg())).collect();
+        assert_eq!(io.enters() - before, 2);
+        io.turn();
+        assert_eq!(io.enters() - before, 3);
+        for op in ops {
+            assert_eq!(op.await.unwrap(), 512);
+        }
+    });
+}
+
+#[test]
 fn an_operation_dropped_early_is_waited_for() {
     let io = io();
     let file = IoFile::new(file(8192));
