@@ -54,10 +54,10 @@ impl Drop for Loop {
 }
 
 /// A mounted file system.
-struct Mounted(tempfile::TempDir);
+pub(super) struct Mounted(pub(super) tempfile::TempDir);
 
 impl Mounted {
-    fn new(kind: &str, options: &str) -> Option<Self> {
+    pub(super) fn new(kind: &str, options: &str) -> Option<Self> {
         let at = dir();
         let status = Command::new("mount")
             .args(["-t", kind, "-o", options, "virtioblkd-test"])
@@ -225,8 +225,13 @@ fn a_full_file_system_is_no_space_and_not_an_io_error() {
     };
     assert_eq!(error.kind(), ErrorKind::NoSpace);
     assert!(error.to_string().contains("make room"), "{error}");
+    // In memory nothing is reserved by that.
+    assert!(
+        io.block_on(storage.allocate(&io, 4 << 20, 1 << 20))
+            .unwrap()
+    );
     let error = io
-        .block_on(storage.allocate(&io, 4 << 20, 1 << 20))
+        .block_on(storage.reserve(&io, 4 << 20, 1 << 20))
         .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoSpace);
     drop(storage);

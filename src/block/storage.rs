@@ -188,6 +188,7 @@ impl Storage {
 
     /// Reserves space for the range and makes it read as zeros (durably after a flush); what it held is
     /// lost. False: it may read as anything, and space is reserved only as far as the storage does that.
+    /// In memory (tmpfs) the range is left as a hole: [`Storage::reserve`] is for what needs the space.
     pub async fn allocate(&self, io: &Io, offset: u64, len: u64) -> Result<bool> {
         each!(self,
             s => s.allocate(io, offset, len).await,
@@ -195,6 +196,15 @@ impl Storage {
             s => s.allocate(io, offset, len).await,
             s => s.allocate(io, offset, len).await,
             s => s.allocate(io, offset, len).await)
+    }
+
+    /// Reserves space for a range that was allocated, where [`Storage::allocate`] leaves that to the first write.
+    /// What the range reads as stays.
+    pub(super) async fn reserve(&self, io: &Io, offset: u64, len: u64) -> Result<()> {
+        match self {
+            Self::File(file) => file.reserve(io, offset, len).await,
+            _ => Ok(()),
+        }
     }
 
     /// Cuts the storage, or grows it with zeros. Not while writes that grow it run.

@@ -245,6 +245,52 @@ fn where_fallocate_is_refused_zeros_are_written() {
     assert_eq!(std::fs::read(&path).unwrap().len(), 3 << 20);
 }
 
+/// A file in memory, open at this path as long as the descriptor is.
+fn file_in_memory(data: &[u8]) -> (std::fs::File, PathBuf) {
+    use std::os::fd::{AsRawFd, FromRawFd};
+    // SAFETY: the name is a string with its end; the descriptor is new.
+    let file = unsafe {
+        let fd = libc::memfd_create(c"disk".as_ptr(), libc::MFD_CLOEXEC);
+        assert!(fd >= 0, "memfd_create");
+        std::fs::File::from_raw_fd(fd)
+    };
+    file.write_all_at(data, 0).expect("write");
+    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    (file, path)
+}
+
+#[test]
+fn in_memory_what_is_allocated_is_a_hole_until_it_is_reserved_or_written() {
+    use std::os::unix::fs::MetadataExt;
+    let model = pattern(1 << 20, 5);
+    let (file, path) = file_in_memory(&model);
+    let options = FileOptions {
+        read_only: false,
+        direct: false,
+    };
+    let storage = Storage::File(FileStorage::open(&path, options).expect("open"));
+    let pages = || file.metadata().expect("stat").blocks() * 512;
+    let io = io();
+    let full = pages();
+    // Behind the end, over it, and before it: no page is taken, and what lies before it is given back.
+    let allocate = |offset, len| io.block_on(storage.allocate(&io, offset, len)).unwrap();
+    assert!(allocate(4 << 20, 16 << 20));
+    assert!(allocate((1 << 20) - 65_536, 131_072));
+    assert!(allocate(262_144, 65_536));
+    assert_eq!(pages(), full - 131_072);
+    let got = read(&io, &storage, 0, 2 << 20).unwrap();
+    let is_zero = |bytes: &[u8]| bytes.iter().all(|byte| *byte == 0);
+    assert!(is_zero(&got[262_144..327_680]) && is_zero(&got[(1 << 20) - 65_536..]));
+    assert!(got[..262_144] == model[..262_144]);
+    assert!(got[327_680..(1 << 20) - 65_536] == model[327_680..(1 << 20) - 65_536]);
+    // Reserved, what is there stays.
+    let reserve = |offset, len| io.block_on(storage.reserve(&io, offset, len)).unwrap();
+    reserve(196_608, 131_072);
+    assert_eq!(pages(), full - 65_536);
+    assert!(read(&io, &storage, 196_608, 65_536).unwrap() == model[196_608..262_144]);
+    assert!(is_zero(&read(&io, &storage, 262_144, 65_536).unwrap()));
+}
+
 #[test]
 fn a_read_only_file_refuses_every_change_and_flushes_as_nothing() {
     let (_dir, path, _) = file_with(&[1; 4096], false);

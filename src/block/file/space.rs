@@ -159,12 +159,39 @@ impl FileStorage {
             }
             return self.fallocate(io, "unmap", PUNCH, offset, len).await;
         }
+        if self.in_memory {
+            return self.make_hole(io, offset, len).await;
+        }
         let beyond = offset >= self.len();
         if beyond && self.fallocate(io, "allocate", RESERVE, offset, len).await? {
             return Ok(true);
         }
         // Without `fallocate` nothing is reserved, but what the file grows by reads as zeros.
         Ok(beyond || self.zero_file(io, offset, len, false).await?)
+    }
+
+    /// What [`FileStorage::allocate`] does in memory: the range becomes a hole, and what the file grows by is one.
+    /// To reserve pages would take as long as to write them, all sixteen of a cluster where the guest
+    /// writes one, and nothing is laid out in a row by it. A full file system shows at the write then.
+    async fn make_hole(&self, io: &Io, offset: u64, len: u64) -> Result<bool> {
+        let inside = (offset + len).min(self.len()).saturating_sub(offset);
+        Ok(inside == 0
+            || self.fallocate(io, "unmap", PUNCH, offset, inside).await?
+            || self.zero_file(io, offset, len, false).await?)
+    }
+
+    /// Reserves space that [`FileStorage::allocate`] has not, for a range whose first write must not fail for
+    /// want of it. What the range reads as stays.
+    pub(in crate::block) async fn reserve(&self, io: &Io, offset: u64, len: u64) -> Result<()> {
+        self.writable()?;
+        if !Self::in_range(offset, len) {
+            return Err(self.out_of_range(offset));
+        }
+        if self.in_memory && len > 0 {
+            // Where it is not possible (ramfs), space does not run out.
+            self.fallocate(io, "allocate", RESERVE, offset, len).await?;
+        }
+        Ok(())
     }
 
     pub(in crate::block) fn set_len(&self, len: u64) -> Result<()> {

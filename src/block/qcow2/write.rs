@@ -559,6 +559,8 @@ impl Qcow2 {
                 .write_zeroes(io, table.0, g.cluster_size(), false)
                 .await?;
         }
+        // A flush must not fail for want of space for what the guest was told is written.
+        self.storage.reserve(io, table.0, g.cluster_size()).await?;
         let reserved = self
             .allocator()?
             .reserve_metadata(fresh.first(), 1, "L2 table");

@@ -110,6 +110,63 @@ fn a_failed_write_to_a_fresh_cluster_of_zeros_leaves_zeros() {
 }
 
 #[test]
+fn where_memory_is_full_a_write_fails_and_what_was_written_can_be_flushed() {
+    use crate::block::device_tests::Mounted;
+    use crate::block::file::{FileOptions, FileStorage};
+    let Some(mounted) = Mounted::new("tmpfs", "size=1m") else {
+        return;
+    };
+    let path = mounted.0.path().join("a");
+    let name = path.display().to_string();
+    let options = ["-o", "cluster_size=64k", name.as_str(), "64M"];
+    run(
+        "qemu-img",
+        &[&["create", "-q", "-f", "qcow2"], &options[..]].concat(),
+    );
+    let io = reactor();
+    let how = FileOptions {
+        read_only: false,
+        direct: false,
+    };
+    let storage = Arc::new(Storage::File(FileStorage::open(&path, how).expect("open")));
+    io.block_on(async {
+        let image = open(&io, &storage, WRITE).await.expect("open");
+        let mut buf = io.buf(4096);
+        let mut at = 0;
+        let error = loop {
+            buf.fill((at >> 16) as u8 | 1);
+            match image.write(&io, &(), at, buf.sg()).await {
+                Ok(()) => at += 65536,
+                Err(error) => break error,
+            }
+        };
+        // More than as many as would fit if the whole of each cluster took space.
+        assert!(at >> 16 > 100, "{at}");
+        assert_eq!(error.kind(), ErrorKind::NoSpace, "{error}");
+        let mut back = io.buf(65536);
+        read(&io, &image, &(), at, back.sg()).await.expect("read");
+        assert!(back.iter().all(|b| *b == 0));
+        image.flush(&io, &()).await.expect("a flush takes no space");
+        let size = ["-o", "remount,size=4m"];
+        let at_name = mounted.0.path().display().to_string();
+        run("mount", &[&size[..], &[at_name.as_str()]].concat());
+        buf.fill((at >> 16) as u8 | 1);
+        image.write(&io, &(), at, buf.sg()).await.expect("now");
+        for n in 0..=at >> 16 {
+            read(&io, &image, &(), n << 16, back.sg())
+                .await
+                .expect("read");
+            assert!(back[..4096].iter().all(|b| *b == n as u8 | 1), "{n}");
+            assert!(back[4096..].iter().all(|b| *b == 0), "{n}");
+        }
+        image.close(&io, &()).await.expect("close");
+    });
+    drop(storage);
+    run("qemu-img", &["check", "-q", &name]);
+    io.close();
+}
+
+#[test]
 fn a_write_over_the_border_of_two_slices_is_one_write_where_the_clusters_are_neighbours() {
     let images = Images::new();
     images.create("a", "cluster_size=4k", 8 << 20);
