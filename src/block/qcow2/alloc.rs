@@ -27,9 +27,9 @@ use crate::block::error::{Error, ErrorKind, Result};
 use crate::block::storage::Storage;
 use crate::reactor::{Epochs, Io};
 
-/// An arena holds at most this many bytes, and this many clusters. Where a file system zeroes what it
-/// allocates (tmpfs) a refill takes a millisecond for some of the former.
-const MAX_ARENA_BYTES: u64 = 16 << 20;
+/// An arena holds at most this many bytes, and this many clusters. The former is what a power loss leaks, the rest
+/// of an arena; and in the time that half of it lasts a journalling file system commits a transaction.
+const MAX_ARENA_BYTES: u64 = 64 << 20;
 const MAX_ARENA_CLUSTERS: u64 = 1024;
 
 /// The allocator of one image that is open for writing. Shared by all workers.
