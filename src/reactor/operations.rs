@@ -142,7 +142,6 @@ impl Io {
     }
 
     /// Lets other tasks run before going on.
-    #[cfg(test)]
     pub(crate) async fn yield_now(&self) {
         let mut yielded = false;
         std::future::poll_fn(|_| {

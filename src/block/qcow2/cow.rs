@@ -36,6 +36,7 @@ enum Entered<'a> {
 }
 
 /// Records for the first and the last of new clusters, where they are incomplete.
+#[derive(Default)]
 pub(super) struct Ends<'a> {
     head: Option<Writing<'a>>,
     tail: Option<Writing<'a>>,
@@ -90,22 +91,31 @@ impl Qcow2 {
         let is_cut = g.in_cluster(skip + len) != 0;
         let zeroed = self.fresh_reads_zero(fresh);
         let first = g.guest_cluster(GuestOffset(offset));
+        let needs = |n| !(zeroed && self.reads_zero(claim.get(n)));
+        let needs_head = (skip > 0 || (last == 0 && is_cut)) && needs(0);
+        let needs_tail = last > 0 && is_cut && needs(last);
+        if !(needs_head || needs_tail) {
+            return Some(Ends::default());
+        }
+        let is_lone = !self
+            .records
+            .is_followed(first, GuestCluster(first.0 + last as u64));
         let make = |n: usize| {
             let new = New {
                 guest: GuestCluster(first.0 + n as u64),
                 host: g.host_offset(HostCluster(fresh.first().0 + n as u64)),
                 zeroed,
                 old: claim.get(n),
+                is_lone,
             };
             let slice = self.tables.pin(self.tables.place(new.guest).slice)?;
             self.records.make(io, slice, new)
         };
-        let needs = |n| !(zeroed && self.reads_zero(claim.get(n)));
         let (mut head, mut tail) = (None, None);
-        if (skip > 0 || (last == 0 && is_cut)) && needs(0) {
+        if needs_head {
             head = Some(make(0)?);
         }
-        if last > 0 && is_cut && needs(last) {
+        if needs_tail {
             tail = Some(make(last)?);
         }
         Some(Ends { head, tail })

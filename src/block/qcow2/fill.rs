@@ -1,9 +1,9 @@
 //! Completing incomplete clusters: what the guest has not written is copied from where it was.
 //!
 //! Each flush does it for all that there are when it begins, the housekeeping for those that are old, and a
-//! task of its own for the older half when records get scarce. Neighbouring clusters are read from below at
-//! one go, and written together where their new clusters are neighbours, too. What is zeros, where the new
-//! cluster reads as zeros, is not written.
+//! task of its own, one run at a time, for the older half when records get scarce. Neighbouring clusters are
+//! read from below at one go, and written together where their new clusters are neighbours, too. What is zeros,
+//! where the new cluster reads as zeros, is not written.
 //!
 //! A fill that fails leaves the cluster as incomplete as it was: the sectors it has written are not marked.
 
@@ -65,10 +65,17 @@ impl Qcow2 {
         if *over {
             return;
         }
-        let clusters = self.records.older_half();
-        if let Err(error) = self.fill(io, below, &clusters).await {
-            // The guest learns of it by its next flush.
-            log::warn!("completing clusters ahead of a flush: {error}");
+        // Again as long as it is needed: who finds no record free does not call for this.
+        loop {
+            let clusters = self.records.older_half();
+            if clusters.is_empty() {
+                return;
+            }
+            if let Err(error) = self.fill(io, below, &clusters, 1).await {
+                // The guest learns of it by its next flush.
+                log::warn!("completing clusters ahead of a flush: {error}");
+                return;
+            }
         }
     }
 
@@ -90,15 +97,16 @@ impl Qcow2 {
         age: Duration,
     ) -> Result<()> {
         let clusters = self.records.list(age);
-        self.fill(io, below, &clusters).await
+        self.fill(io, below, &clusters, DEPTH).await
     }
 
-    /// Completes clusters, given ascending; several runs of neighbours at a time.
+    /// Completes clusters, given ascending; up to `depth` runs of neighbours at a time.
     async fn fill<B: Below + ?Sized>(
         &self,
         io: &Io,
         below: &B,
         clusters: &[GuestCluster],
+        depth: u64,
     ) -> Result<()> {
         if clusters.is_empty() {
             return Ok(());
@@ -117,10 +125,12 @@ impl Qcow2 {
                 };
                 let filled = self.fill_neighbours(io, below, run).await;
                 result.set(result.replace(Ok(())).and(filled));
+                // Where no I/O is waited for, requests come in between all the same.
+                io.yield_now().await;
             }
         };
-        let depth = (MAX_BYTES / MAX_RUN.max(cluster)).clamp(2, DEPTH);
-        let depth = depth.min(clusters.len() as u64);
+        let most = (MAX_BYTES / MAX_RUN.max(cluster)).clamp(2, DEPTH);
+        let depth = depth.min(most).min(clusters.len() as u64);
         all((0..depth).map(|_| one_by_one()).collect()).await;
         result.into_inner()
     }

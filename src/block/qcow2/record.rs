@@ -13,7 +13,11 @@
 //! the claim.
 //!
 //! **Bounds.** There are so many records at most, of so many bytes of clusters, that completing them all is
-//! a matter of some milliseconds: a flush does it.
+//! a matter of some milliseconds: a flush does it. Most of them are for who is likely to write the rest of the
+//! cluster as well: a write to the cluster behind one that was new a short while ago. Other writes, a random
+//! writer's, get a few: their copying is only put off, and to put it off costs one write more. Where these are
+//! used up a write copies at once, so that a random writer pays for what it does while it does it, and a
+//! flush does not pay for it.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::future::poll_fn;
@@ -35,6 +39,11 @@ pub(super) const SECTOR: u64 = 512;
 const MAX_RECORDS: u64 = 1024;
 const MAX_BYTES: u64 = 64 << 20;
 
+/// One in so many records is for writes that nothing speaks for being followed by others.
+const LONE_SHARE: usize = 16;
+/// New clusters that are remembered, to tell who writes one after the other.
+const RECENT: usize = 256;
+
 /// In a record's state, above the number of writers: nobody enters.
 const CLOSED: u32 = 1 << 31;
 
@@ -50,6 +59,8 @@ pub(super) struct Records {
     sectors: u32,
     /// Records in use, at most. There are more slots: retired ones wait for requests to end.
     limit: usize,
+    /// Those of them that lone writes may use.
+    lone_limit: usize,
     book: Mutex<Book>,
     /// No record is made: who copies, copies at once.
     eager: AtomicBool,
@@ -79,6 +90,11 @@ struct Book {
     dead: VecDeque<(Epoch, u32)>,
     /// In use, by guest cluster.
     open: BTreeMap<u64, Open>,
+    /// How many of them are lone writes'.
+    lone: usize,
+    /// Guest clusters that became new lately, but for those that were written as a whole; the next goes to `next`.
+    recent: Vec<u64>,
+    next: usize,
     /// Who waits for a record's writers to leave.
     closers: HashMap<u32, Waker>,
 }
@@ -86,6 +102,7 @@ struct Book {
 #[derive(Debug)]
 struct Open {
     since: Instant,
+    is_lone: bool,
     /// A slice with a marker is not thrown out.
     _slice: Pinned,
 }
@@ -108,6 +125,8 @@ pub(super) struct New {
     pub(super) zeroed: bool,
     /// Its old entry.
     pub(super) old: u64,
+    /// Nothing speaks for its writer going on behind it.
+    pub(super) is_lone: bool,
 }
 
 /// Records of clusters of `1 << cluster_bits` bytes, at most.
@@ -133,6 +152,7 @@ impl Records {
             words,
             sectors,
             limit,
+            lone_limit: limit.div_ceil(LONE_SHARE),
             book: Mutex::new(Book {
                 free: (0..count as u32).rev().collect(),
                 ..Book::default()
@@ -169,16 +189,13 @@ impl Records {
     /// A record with one writer, not published yet; none if there is no room for it.
     pub(super) fn make(&self, io: &Io, slice: Pinned, new: New) -> Option<Writing<'_>> {
         let mut book = lock(&self.book);
-        if self.eager.load(Ordering::Relaxed) || book.open.len() >= self.limit {
+        let is_full = book.open.len() >= self.limit || new.is_lone && book.lone >= self.lone_limit;
+        if self.eager.load(Ordering::Relaxed) || is_full {
             return None;
         }
         let index = book.take_slot(io)?;
-        let open = Open {
-            since: Instant::now(),
-            _slice: slice,
-        };
-        book.open.insert(new.guest.0, open);
-        let scarce = book.open.len() > self.limit / 2;
+        book.insert(new.guest, slice, new.is_lone);
+        let scarce = self.is_scarce(&book);
         drop(book);
 
         // Nobody looks at a slot that is free.
@@ -205,6 +222,20 @@ impl Records {
             index,
             is_published: false,
         })
+    }
+
+    /// True if a write that begins in `first`, an old cluster, and makes `last` new is likely to be followed by
+    /// others behind it: what lies before it became new lately. `last` is remembered as new.
+    pub(super) fn is_followed(&self, first: GuestCluster, last: GuestCluster) -> bool {
+        let mut book = lock(&self.book);
+        let before = first.0.checked_sub(1);
+        let is_followed = before.is_some_and(|it| book.recent.contains(&it));
+        book.remember(last);
+        is_followed
+    }
+
+    fn is_scarce(&self, book: &Book) -> bool {
+        book.open.len() > self.limit / 2 || book.lone > self.lone_limit / 2
     }
 
     fn slot(&self, index: u32) -> Option<&Slot> {
@@ -341,13 +372,16 @@ impl Records {
             .collect()
     }
 
-    /// The older half of the records, if they are scarce: guest clusters, ascending.
+    /// The older half of the records, if they are scarce; of those of lone writes, if only these are. Guest
+    /// clusters, ascending.
     pub(super) fn older_half(&self) -> Vec<GuestCluster> {
         let book = lock(&self.book);
-        if book.open.len() <= self.limit / 2 {
+        if !self.is_scarce(&book) {
             return Vec::new();
         }
-        let mut ages: Vec<(Instant, u64)> = book.open.iter().map(|(g, o)| (o.since, *g)).collect();
+        let all = book.open.len() > self.limit / 2;
+        let which = book.open.iter().filter(|(_, open)| all || open.is_lone);
+        let mut ages: Vec<(Instant, u64)> = which.map(|(g, o)| (o.since, *g)).collect();
         ages.sort_unstable();
         ages.truncate(ages.len().div_ceil(2));
         let mut clusters: Vec<GuestCluster> =
@@ -374,6 +408,12 @@ impl Records {
     pub(super) fn limit(&self) -> usize {
         self.limit
     }
+
+    /// Those of lone writes.
+    #[cfg(test)]
+    pub(super) fn lone_limit(&self) -> usize {
+        self.lone_limit
+    }
 }
 
 impl Open {
@@ -383,6 +423,32 @@ impl Open {
 }
 
 impl Book {
+    fn insert(&mut self, guest: GuestCluster, slice: Pinned, is_lone: bool) {
+        let open = Open {
+            since: Instant::now(),
+            is_lone,
+            _slice: slice,
+        };
+        self.lone += usize::from(is_lone);
+        self.open.insert(guest.0, open);
+    }
+
+    /// What it returns is to be dropped without the lock.
+    fn remove(&mut self, guest: u64) -> Option<Open> {
+        let open = self.open.remove(&guest)?;
+        self.lone -= usize::from(open.is_lone);
+        Some(open)
+    }
+
+    fn remember(&mut self, cluster: GuestCluster) {
+        let next = self.next % RECENT;
+        match self.recent.get_mut(next) {
+            Some(place) => *place = cluster.0,
+            None => self.recent.push(cluster.0),
+        }
+        self.next = next + 1;
+    }
+
     fn take_slot(&mut self, io: &Io) -> Option<u32> {
         if self.free.is_empty() {
             while let Some((epoch, index)) = self.dead.front().copied() {
@@ -449,7 +515,7 @@ impl Drop for Writing<'_> {
         if !self.is_published {
             let mut book = lock(&self.records.book);
             let guest = slot.guest.load(Ordering::Relaxed);
-            let open = book.open.remove(&guest);
+            let open = book.remove(guest);
             book.free.push(self.index);
             drop((book, open));
             return;
@@ -513,7 +579,7 @@ impl Closing<'_> {
         let mut book = lock(&records.book);
         // It stays closed, for those who have seen the marker.
         book.dead.push_back((io.epochs().retire(), self.index));
-        let open = guest.and_then(|guest| book.open.remove(&guest));
+        let open = guest.and_then(|guest| book.remove(guest));
         drop((book, open));
         std::mem::forget(self);
     }

@@ -29,6 +29,7 @@ use super::alloc::Allocator;
 use super::below::Below;
 use super::claim::{Attempt, Claim};
 use super::entry::{self, Entry, decode};
+use super::fill::is_zero;
 use super::freed::Freed;
 use super::fresh::Fresh;
 use super::journal::Room;
@@ -429,14 +430,22 @@ impl Qcow2 {
             let at = base + skip + len;
             self.read_old(io, below, old_tail, at, after.sg()).await?;
         }
-        let (head, tail) = if whole {
-            let all = before.sg();
-            (
-                all.slice(0, skip as usize),
-                all.slice((skip + len) as usize, rest as usize),
-            )
+        // Where nothing was read, or nothing but zeros, the new clusters are as they should be.
+        let (all, after_all) = (before.len(), after.len());
+        let behind = if whole {
+            &before[all - rest as usize..]
         } else {
-            (before.sg(), after.sg())
+            &after[..]
+        };
+        let needs_tail = needs_tail && !(reads_zero && is_zero(behind));
+        let needs_head = needs_head && !(reads_zero && is_zero(&before[..skip as usize]));
+        let head_len = if needs_head { skip as usize } else { 0 };
+        let (before, after) = (before.sg(), after.sg());
+        let head = before.slice(0, head_len);
+        let tail = match (needs_tail, whole) {
+            (false, _) => after.slice(0, 0),
+            (true, true) => before.slice(all - rest as usize, rest as usize),
+            (true, false) => after.slice(0, after_all),
         };
         let host = HostOffset(g.host_offset(first).0 + skip - head.len() as u64);
         self.write_around(io, host, head, part, tail).await?;
