@@ -43,6 +43,17 @@ pub(super) fn follows(code: u32, next: u32) -> bool {
     is_plain(code) && code.checked_add(step) == Some(next)
 }
 
+/// True for a plain code of an entry that leads to a host cluster.
+pub(super) fn has_cluster(code: u32) -> bool {
+    is_plain(code) && code >> NUMBER != 0
+}
+
+/// The code that is `n` host clusters behind a plain one that has a cluster.
+#[inline]
+pub(super) fn behind(code: u32, n: u32) -> u32 {
+    code.wrapping_add(n << NUMBER)
+}
+
 /// The entry of a plain code.
 #[inline]
 pub(super) fn plain(code: u32, cluster_bits: u32) -> u64 {

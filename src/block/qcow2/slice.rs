@@ -11,7 +11,10 @@
 //! - **Unlinking** needs the slice to be clean and without pins ([`Marks::begin_evict`]).
 //!
 //! An entry takes four bytes ([`code`]). What does not fit is kept in full in the slice's spill, which is
-//! made when it is first needed. In images with extended L2 entries a slice has its bitmaps, too.
+//! made when it is first needed. In images with extended L2 entries a slice has its bitmaps, too. A slice that
+//! is loaded as one run, its clusters one behind the other, is a *row*: it has the first entry's code and no
+//! other, until an entry is replaced. An image that was converted, or written from front to back, is made of
+//! such slices.
 
 use std::ptr::{NonNull, null_mut, slice_from_raw_parts_mut};
 use std::sync::OnceLock;
@@ -64,11 +67,16 @@ impl Shape {
     fn table(self) -> Box<[AtomicU64]> {
         (0..self.entries).map(|_| AtomicU64::new(0)).collect()
     }
+
+    /// Memory of the codes of what was a row.
+    fn apart_bytes(self) -> usize {
+        self.entries * size_of::<AtomicU32>() + BOX_BYTES
+    }
 }
 
 /// A piece of an L2 table.
 pub(super) type Slice = SliceOf<[AtomicU32]>;
-/// The same without its entries, whose number the [`Directory`] knows.
+/// The same without its entries: as many as there are behind it.
 type Thin = SliceOf<[AtomicU32; 0]>;
 
 /// A slice with its entries in the same allocation.
@@ -87,6 +95,12 @@ pub(super) struct SliceOf<Codes: ?Sized> {
     bitmaps: Option<Box<[AtomicU64]>>,
     /// Held by who publishes an entry together with its bitmap.
     changing: AtomicU64,
+    /// Codes behind this: those of all entries, or none in a row.
+    here: u32,
+    /// Of a row: the code of the first entry.
+    first: u32,
+    /// The codes of what was a row when it was loaded.
+    apart: OnceLock<Box<[AtomicU32]>>,
     codes: Codes,
 }
 
@@ -115,12 +129,31 @@ impl Slice {
                 bitmaps[at].store(bitmap, Ordering::Relaxed);
             }
         }
-        slice
+        match slice.is_row() {
+            true => Self::row(&slice),
+            false => slice,
+        }
     }
 
-    fn empty<const N: usize>(index: u64, shape: Shape) -> Box<Self> {
+    /// Whether its clusters lie one behind the other. Not one without clusters: it is likely to get some.
+    fn is_row(&self) -> bool {
+        let code = |at: usize| self.codes[at].load(Ordering::Relaxed);
+        let follows = |at| code::follows(code(at - 1), code(at));
+        !self.shape.extended && code::has_cluster(code(0)) && (1..self.codes.len()).all(follows)
+    }
+
+    fn row(of: &Self) -> Box<Self> {
+        let mut row = Self::empty::<0>(of.index, of.shape);
+        row.first = of.code(0);
+        row
+    }
+
+    fn empty<const N: usize>(index: u64, shape: Shape) -> Box<SliceOf<[AtomicU32; N]>> {
         Box::new(SliceOf {
             index,
+            here: N as u32,
+            first: 0,
+            apart: OnceLock::new(),
             marks: Marks::default(),
             used: AtomicBool::new(true),
             shape,
@@ -134,7 +167,9 @@ impl Slice {
     /// Memory that the slice takes.
     pub(super) fn bytes(&self) -> usize {
         let spill = self.spill.get().map_or(0, |_| self.shape.table_bytes());
-        self.shape.bytes() + spill
+        let apart = self.apart.get().map_or(0, |_| self.shape.apart_bytes());
+        let codes = (self.shape.entries - self.codes.len()) * size_of::<AtomicU32>();
+        self.shape.bytes() - codes + apart + spill
     }
 
     // ---- entries ----
@@ -142,7 +177,38 @@ impl Slice {
     /// The raw entry, in host byte order.
     #[inline]
     pub(super) fn get(&self, at: usize) -> u64 {
-        self.decoded(at, self.codes[at].load(Ordering::Acquire))
+        self.decoded(at, self.code(at))
+    }
+
+    #[inline]
+    fn code(&self, at: usize) -> u32 {
+        match self.codes.get(at) {
+            Some(code) => code.load(Ordering::Acquire),
+            None => self.code_of_row(at),
+        }
+    }
+
+    fn code_of_row(&self, at: usize) -> u32 {
+        match self.apart.get() {
+            Some(codes) => codes
+                .get(at)
+                .map_or(code::BAD, |code| code.load(Ordering::Acquire)),
+            None => code::behind(self.first, at as u32),
+        }
+    }
+
+    /// Where the code of an entry that is to be replaced is, and the bytes of memory that making it took.
+    fn own_code(&self, at: usize) -> (&AtomicU32, usize) {
+        if let Some(code) = self.codes.get(at) {
+            return (code, 0);
+        }
+        let mut taken = 0;
+        let codes = self.apart.get_or_init(|| {
+            taken = self.shape.apart_bytes();
+            let code = |at| AtomicU32::new(code::behind(self.first, at));
+            (0..self.shape.entries as u32).map(code).collect()
+        });
+        (&codes[at], taken)
     }
 
     /// How many entries from `at` on, at most `wanted`, are as the first one. `same` gets the distance from
@@ -153,7 +219,7 @@ impl Slice {
         // What the caller has seen of the first entry may be gone: only what `same` was asked about counts.
         let mut before = code::BAD;
         for n in 1..wanted {
-            let code = self.codes[at + n].load(Ordering::Acquire);
+            let code = self.code(at + n);
             if !code::follows(before, code) && !same(n, self.decoded(at + n, code)) {
                 return n;
             }
@@ -179,7 +245,7 @@ impl Slice {
         while code == code::SPILLED {
             let raw = self.spill()[at].load(Ordering::Acquire);
             pause();
-            code = self.codes[at].load(Ordering::Acquire);
+            code = self.code(at);
             if code == code::SPILLED {
                 return raw;
             }
@@ -260,16 +326,17 @@ impl Slice {
         if code == code::SPILLED {
             self.spill()[at].store(raw, Ordering::Release);
         }
+        let (own, taken) = self.own_code(at);
         pause();
-        self.codes[at].store(code, Ordering::Release);
+        own.store(code, Ordering::Release);
         match (before, code) {
             (true, code::BAD) => {
                 // Nothing of the file's stands for it any more.
                 self.spill()[at].store(0, Ordering::Release);
-                0
+                taken
             }
-            (false, code::SPILLED) => self.shape.table_bytes(),
-            _ => 0,
+            (false, code::SPILLED) => taken + self.shape.table_bytes(),
+            _ => taken,
         }
     }
 
@@ -377,16 +444,13 @@ impl Drop for Pinned {
 #[derive(Debug)]
 pub(super) struct Directory {
     words: Room<AtomicPtr<Thin>>,
-    /// Entries of each slice.
-    entries: usize,
 }
 
 impl Directory {
-    /// Room for `len` slices of one shape; none if there is no memory for that.
-    pub(super) fn new(len: u64, shape: Shape) -> Option<Self> {
+    /// Room for `len` slices; none if there is no memory for that.
+    pub(super) fn new(len: u64) -> Option<Self> {
         Some(Self {
             words: Room::new(len)?,
-            entries: shape.entries,
         })
     }
 
@@ -395,21 +459,24 @@ impl Directory {
         self.words.len() as u64
     }
 
-    /// The slice at a word's address. All in one directory have the same number of entries, so their
-    /// words need not say it.
+    /// The slice at a word's address, if there is one.
+    ///
+    /// # Safety
+    /// The slice has not been freed.
     #[inline]
-    fn whole(&self, slice: *mut Thin) -> *mut Slice {
-        slice_from_raw_parts_mut(slice.cast::<AtomicU32>(), self.entries) as *mut Slice
+    unsafe fn whole(slice: *mut Thin) -> Option<NonNull<Slice>> {
+        // SAFETY: null, or of the caller's promise. Only a part is looked at that never changes.
+        let codes = unsafe { slice.as_ref()? }.here as usize;
+        NonNull::new(slice_from_raw_parts_mut(slice.cast::<AtomicU32>(), codes) as *mut Slice)
     }
 
     /// Looks at a slice, if it is loaded. On a reactor's thread only, in a task or in `block_on`.
     #[inline]
     pub(super) fn with<R>(&self, index: u64, look: impl FnOnce(&Slice) -> R) -> Option<R> {
-        let slice = self.whole(self.words.get(index)?.load(Ordering::Acquire));
+        let slice = self.words.get(index)?.load(Ordering::Acquire);
         // SAFETY: a slice that could be found is freed only after this thread's next quiescent point,
-        // and `look` cannot get there: it does not await. It has as many entries as `whole` says: `link`
-        // has seen to that.
-        unsafe { slice.as_ref() }.map(look)
+        // and `look` cannot get there: it does not await. It has as many codes as it says.
+        unsafe { Self::whole(slice).map(|slice| look(slice.as_ref())) }
     }
 
     /// Pins a slice, if it is loaded.
@@ -426,11 +493,8 @@ impl Directory {
         }
     }
 
-    /// Makes a slice findable. Only its one loader does this. A slice of another shape is dropped.
+    /// Makes a slice findable. Only its one loader does this.
     pub(super) fn link(&self, slice: Box<Slice>) {
-        if slice.codes.len() != self.entries {
-            return;
-        }
         if let Some(word) = self.words.get(slice.index) {
             word.store(Box::into_raw(slice).cast::<Thin>(), Ordering::Release);
         }
@@ -439,11 +503,10 @@ impl Directory {
     /// The opposite, for a slice on which [`Marks::begin_evict`] succeeded.
     pub(super) fn unlink(&self, index: u64) -> Option<Box<Slice>> {
         let slice = self.words.get(index)?.swap(null_mut(), Ordering::AcqRel);
-        let slice = self.whole(slice);
-        // SAFETY: it came from `Box::into_raw` in `link`, of a box with as many entries as `whole` says,
+        // SAFETY: it came from `Box::into_raw` in `link`, of a box with as many codes as it says,
         // and the swap gives it out once. Threads may still look at it: the caller keeps the box until
         // they have passed a quiescent point.
-        (!slice.is_null()).then(|| unsafe { Box::from_raw(slice) })
+        unsafe { Self::whole(slice).map(|slice| Box::from_raw(slice.as_ptr())) }
     }
 }
 

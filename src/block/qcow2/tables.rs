@@ -105,7 +105,7 @@ impl Tables {
         let mut snapshots: Vec<Range<u64>> = held.into_iter().flat_map(Held::ranges).collect();
         merge(&mut snapshots);
         let shape = Shape::new(&g);
-        let (l1, directory) = Self::rooms(header, shape, held.is_some()).ok_or_else(|| {
+        let (l1, directory) = Self::rooms(header, held.is_some()).ok_or_else(|| {
             Error::image(
                 ErrorKind::Unsupported,
                 &header.path,
@@ -144,22 +144,19 @@ impl Tables {
 
     /// The L1 table and the directory of slices: as they are needed now, and in an image that may grow with
     /// room for that, if the system gives the addresses.
-    fn rooms(header: &Header, shape: Shape, grows: bool) -> Option<(Room<AtomicU64>, Directory)> {
+    fn rooms(header: &Header, grows: bool) -> Option<(Room<AtomicU64>, Directory)> {
         let g = header.geometry;
         let slices = header.size.div_ceil(g.cluster_size() << g.slice_bits());
         if grows {
             let entries = MAX_L1_BYTES / 8;
             let most = (entries << (g.l2_bits() - g.slice_bits())).min(MAX_SLICES);
             let l1 = Room::new(entries);
-            let directory = Directory::new(most.max(slices), shape);
+            let directory = Directory::new(most.max(slices));
             if let (Some(l1), Some(directory)) = (l1, directory) {
                 return Some((l1, directory));
             }
         }
-        Some((
-            Room::new(header.l1_entries)?,
-            Directory::new(slices, shape)?,
-        ))
+        Some((Room::new(header.l1_entries)?, Directory::new(slices)?))
     }
 
     // ---- places ----
