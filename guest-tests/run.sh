@@ -12,8 +12,9 @@ usage() {
     cat <<USAGE
 usage: guest-tests/run.sh [--list] [--no-host] [--jobs N] [SCENARIO...]
 
-Builds virtioblkd, runs the host-side tests (cargo test --workspace --profile checked), then each scenario with a
-real Linux guest under QEMU. Prints a line for each scenario, and "N passed, N failed" at the end.
+Builds virtioblkd, runs the host-side tests (cargo test --workspace --profile checked), counts the instructions of a
+request (benches/instructions --check), then runs each scenario with a real Linux guest under QEMU. Prints a line
+for each scenario, and "N passed, N failed" at the end.
 
   --list      the scenarios, one a line, and nothing else
   --no-host   only the scenarios
@@ -115,6 +116,21 @@ follow_results() {
             printf '        %s\n' "$(grep '^test result:' "$1" | sed -n "${shown}p")"
         done
     done
+}
+
+# instruction_counts: one test: a request costs no more instructions than is recorded.
+instruction_counts() {
+    local log=$LOGS/instructions.log started=$SECONDS
+    step "instructions of a request (benches/instructions --check)"
+    if "$REPO_ROOT/benches/instructions" --check >"$log" 2>&1 </dev/null; then
+        PASSED=$((PASSED + 1))
+        printf 'ok instructions (%d s)\n' "$((SECONDS - started))"
+        grep -- '--record' "$log" || true
+    else
+        FAILED=$((FAILED + 1))
+        printf 'FAIL instructions (%s)\n' "$log"
+        tail -n 40 "$log"
+    fi
 }
 
 # start_scenario NAME: in the background; sets STARTED_PID.
@@ -226,6 +242,7 @@ fi
 if [[ $HOST_TESTS == yes ]]; then
     ensure_rust
     host_tests
+    instruction_counts
 fi
 step "${#WANTED[@]} scenario(s) with $BACKEND under $(accel_words)"
 run_scenarios

@@ -27,6 +27,7 @@ use std::thread::JoinHandle;
 
 pub use device::BlkDevice;
 pub use poll::{PollConfig, PollMode};
+pub use worker::HandWorker;
 
 use crate::reactor::{Epochs, IoConfig};
 use mailbox::{Command, Mailbox};
@@ -83,6 +84,29 @@ impl Dataplane {
             epochs,
             next_device: AtomicU32::new(0),
         }))
+    }
+
+    /// A data plane with one worker, which the calling thread turns itself: see [`HandWorker`]. A command to it, the
+    /// start of a ring say, is answered only while it is turned, so another thread has to give it. Fails if an
+    /// io_uring is refused.
+    pub fn by_hand(poll: PollConfig) -> io::Result<(Arc<Self>, HandWorker)> {
+        let epochs = Epochs::new();
+        let io = IoConfig {
+            worker: 1,
+            entries: RING_ENTRIES,
+            epochs: epochs.clone(),
+        };
+        let (mailbox, worker) = HandWorker::new(&io, poll)?;
+        let handle = WorkerHandle {
+            mailbox,
+            thread: None,
+        };
+        let plane = Arc::new(Self {
+            workers: vec![handle],
+            epochs,
+            next_device: AtomicU32::new(0),
+        });
+        Ok((plane, worker))
     }
 
     /// The epoch domain of the workers and of whoever opens images for them.

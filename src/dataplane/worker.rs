@@ -81,6 +81,35 @@ fn pin_to(cpu: usize) -> io::Result<()> {
     Ok(())
 }
 
+/// A worker without a thread of its own: whoever has it turns it, on the thread that made it. What it does depends on
+/// nothing but what it is given, so that the instructions of a request can be counted.
+pub struct HandWorker(Worker);
+
+impl HandWorker {
+    pub(super) fn new(config: &IoConfig, poll: PollConfig) -> io::Result<(Arc<Mailbox>, Self)> {
+        let io = Io::new(config)?;
+        let mailbox = Arc::new(Mailbox::new(io.doorbell()));
+        Ok((mailbox.clone(), Self(Worker::new(io, mailbox, poll))))
+    }
+
+    /// One turn of a worker's loop. Returns true if anything was done.
+    #[inline(always)]
+    pub fn turn(&mut self) -> bool {
+        self.0.turn()
+    }
+
+    /// Waits in the kernel until an operation ends or a command comes, or for as long as `timeout`.
+    pub fn wait(&self, timeout: Duration) {
+        self.0.io.park(Some(timeout));
+    }
+}
+
+impl Drop for HandWorker {
+    fn drop(&mut self) {
+        self.0.io.close();
+    }
+}
+
 struct Worker {
     io: Io,
     mailbox: Arc<Mailbox>,
@@ -125,27 +154,10 @@ impl Worker {
 
     fn run(mut self) {
         while !self.shutdown {
-            if self.mailbox.is_waiting() {
-                self.obey();
+            if self.turn() {
+                continue;
             }
-            let mut busy = false;
-            for queue in &self.queues {
-                busy |= queue.poll();
-            }
-            busy |= self.io.turn();
-            let mut stopped = false;
-            let mut published = false;
-            for queue in &self.queues {
-                published |= queue.publish();
-                stopped |= queue.is_stopped();
-            }
-            if stopped {
-                self.let_stopped_go();
-            }
-            if busy {
-                self.poller.busy(Instant::now);
-                self.answer_due = published;
-            } else if self.poller.idle(Instant::now(), self.waiting()) == Idle::Spin
+            if self.poller.idle(Instant::now(), self.waiting()) == Idle::Spin
                 && !self.queues.is_empty()
             {
                 std::hint::spin_loop();
@@ -154,6 +166,33 @@ impl Worker {
             }
         }
         self.io.close();
+    }
+
+    /// One turn of the loop. Returns true if anything was done.
+    #[inline]
+    fn turn(&mut self) -> bool {
+        if self.mailbox.is_waiting() {
+            self.obey();
+        }
+        let mut busy = false;
+        for queue in &self.queues {
+            busy |= queue.poll();
+        }
+        busy |= self.io.turn();
+        let mut stopped = false;
+        let mut published = false;
+        for queue in &self.queues {
+            published |= queue.publish();
+            stopped |= queue.is_stopped();
+        }
+        if stopped {
+            self.let_stopped_go();
+        }
+        if busy {
+            self.poller.busy(Instant::now);
+            self.answer_due = published;
+        }
+        busy
     }
 
     fn waiting(&self) -> Waiting {
