@@ -14,12 +14,32 @@ pub enum Load {
     /// Writes one block in each stretch of `--stride` bytes, each stretch once, scattered; ends when all
     /// are written. On an image without data it is all allocations.
     Firstwrite,
+    /// Reads one block in each stretch of `--stride` bytes, each stretch once, scattered; ends when all are
+    /// read. It touches all mappings of an image.
+    Firstread,
 }
 
 impl Load {
     /// Whether it writes.
     pub fn writes(self) -> bool {
-        !matches!(self, Self::Read | Self::Randread)
+        matches!(self, Self::Write | Self::Randwrite | Self::Firstwrite)
+    }
+
+    /// Whether it touches one block in each stretch and then ends.
+    pub fn ends(self) -> bool {
+        matches!(self, Self::Firstwrite | Self::Firstread)
+    }
+
+    /// Its name on command lines and in records.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Randread => "randread",
+            Self::Randwrite => "randwrite",
+            Self::Firstwrite => "firstwrite",
+            Self::Firstread => "firstread",
+        }
     }
 }
 
@@ -33,6 +53,8 @@ pub struct Pattern {
     places: u64,
     next: u64,
     random: u64,
+    /// A sequential load ends at the end of the span instead of starting again.
+    once: bool,
 }
 
 impl Pattern {
@@ -40,7 +62,7 @@ impl Pattern {
     ///
     /// Returns `None` where not one block fits.
     pub fn new(load: Load, block: u64, span: u64, stride: u64, seed: u64) -> Option<Self> {
-        let step = if load == Load::Firstwrite {
+        let step = if load.ends() {
             stride.max(block)
         } else {
             block
@@ -49,7 +71,7 @@ impl Pattern {
         if places == 0 {
             return None;
         }
-        if load == Load::Firstwrite {
+        if load.ends() {
             // A power of two, so that an odd factor scatters them without hitting one twice.
             places = 1 << places.ilog2();
         }
@@ -59,20 +81,27 @@ impl Pattern {
             places,
             next: 0,
             random: seed | 1,
+            once: false,
         })
+    }
+
+    /// The same, but that a sequential load ends at the end of the span.
+    pub fn once(self, once: bool) -> Self {
+        Self { once, ..self }
     }
 
     /// The offset of the next request; `None` when a load that ends has ended.
     pub fn offset(&mut self) -> Option<u64> {
         let index = match self.load {
             Load::Read | Load::Write => {
-                let index = self.next;
-                self.next = if index + 1 == self.places {
-                    0
-                } else {
-                    index + 1
-                };
-                index
+                if self.next == self.places {
+                    if self.once {
+                        return None;
+                    }
+                    self.next = 0;
+                }
+                self.next += 1;
+                self.next - 1
             }
             Load::Randread | Load::Randwrite => {
                 // xorshift64*, by Marsaglia and Vigna; the upper half of a product takes it to a range
@@ -83,7 +112,7 @@ impl Pattern {
                 let random = self.random.wrapping_mul(0x2545_f491_4f6c_dd1d);
                 ((u128::from(random) * u128::from(self.places)) >> 64) as u64
             }
-            Load::Firstwrite => {
+            Load::Firstwrite | Load::Firstread => {
                 if self.next == self.places {
                     return None;
                 }
@@ -105,6 +134,14 @@ mod tests {
         let mut pattern = Pattern::new(Load::Read, 4096, 3 * 4096 + 512, 0, 1).unwrap();
         let offsets: Vec<_> = (0..4).map(|_| pattern.offset().unwrap()).collect();
         assert_eq!(offsets, [0, 4096, 8192, 0]);
+    }
+
+    #[test]
+    fn sequential_offsets_end_at_the_end_where_that_is_asked_for() {
+        let pattern = Pattern::new(Load::Write, 4096, 3 * 4096, 0, 1).unwrap();
+        let mut pattern = pattern.once(true);
+        let offsets: Vec<_> = std::iter::from_fn(|| pattern.offset()).collect();
+        assert_eq!(offsets, [0, 4096, 8192]);
     }
 
     #[test]
