@@ -138,12 +138,9 @@ impl Client {
         let mut lanes = Vec::new();
         let mut random = 0x1234_5678_9abc_def1_u64;
         for index in 0..usize::from(options.queues) {
-            let lane = Lane::new(
-                &mut device,
-                index,
-                options.load.writes(),
-                options.block_size,
-            )?;
+            let features = device.features();
+            let (block, writes) = (options.block_size, options.load.writes());
+            let lane = Lane::new(device.split(index), features, options.depth, writes, block)?;
             fill(&lane, options.block_size, &mut random);
             lanes.push(lane);
         }

@@ -9,7 +9,7 @@ use vhost_user_frontend::blk::{SECTOR, header, request_type, status};
 use vhost_user_frontend::memory::Region;
 use vhost_user_frontend::protocol::feature;
 use vhost_user_frontend::ring::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, USED_F_NO_NOTIFY};
-use vhost_user_frontend::{Desc, Device};
+use vhost_user_frontend::{BlkQueue, Desc, Memory};
 
 /// Where a slot's control block has its parts; the header is at its start.
 const STATUS_AT: usize = 16;
@@ -55,22 +55,20 @@ pub struct Lane {
 }
 
 impl Lane {
-    /// Takes queue `index` of a device that was started and not used, and makes every slot a request of
+    /// Takes a queue of `depth` slots that was started and not used, and makes every slot a request of
     /// `data_len` bytes.
     ///
     /// # Errors
     /// When the backend has no indirect descriptors and the ring is too small for that many chains.
     pub fn new(
-        device: &mut Device,
-        index: usize,
+        (memory, queue): (&Memory, &mut BlkQueue),
+        features: u64,
+        depth: u16,
         writes: bool,
         data_len: u32,
     ) -> Result<Self, String> {
-        let depth = device.options().slots.count;
-        let features = device.features();
         let indirect = features & feature::INDIRECT_DESC != 0;
         let stride = if indirect { 1 } else { CHAIN as u16 };
-        let (memory, queue) = device.split(index);
         let (control_at, data_at) = (queue.control_addr(0), queue.data_addr(0));
         let control_stride = queue.control_addr(1) - control_at;
         let data_stride = queue.data_addr(1) - data_at;
@@ -295,5 +293,197 @@ impl Lane {
     /// Kicks sent.
     pub fn kicks(&self) -> u64 {
         self.kicks
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vhost_user_frontend::{Notify, RegionSpec, SlotOptions, Virtqueue};
+
+    const DEPTH: u16 = 4;
+    const SIZE: u16 = 16;
+
+    /// A lane, and the memory with which a test plays its device.
+    struct Rig {
+        memory: Memory,
+        queue: BlkQueue,
+        lane: Lane,
+        seen: u16,
+        used: u16,
+    }
+
+    impl Rig {
+        fn new(features: u64, writes: bool) -> Self {
+            let memory = Memory::new(&[RegionSpec::new(0, 1 << 20)]).unwrap();
+            let mut ring = Virtqueue::new(&memory, SIZE, false).unwrap();
+            ring.set_event_idx(features & feature::EVENT_IDX != 0);
+            ring.set_notify(Notify::Poll);
+            let slots = SlotOptions {
+                count: DEPTH,
+                data_len: 4096,
+                ..SlotOptions::default()
+            };
+            let mut queue = BlkQueue::new(&memory, ring, slots);
+            let lane = Lane::new((&memory, &mut queue), features, DEPTH, writes, 4096).unwrap();
+            Self {
+                memory,
+                queue,
+                lane,
+                seen: 0,
+                used: 0,
+            }
+        }
+
+        fn bytes<const N: usize>(&self, addr: u64) -> [u8; N] {
+            let mut bytes = [0; N];
+            self.memory.read(addr, &mut bytes);
+            bytes
+        }
+
+        /// A descriptor: address, length, flags, next.
+        fn desc(&self, addr: u64) -> (u64, u32, u16, u16) {
+            let b: [u8; 16] = self.bytes(addr);
+            (
+                u64::from_le_bytes(b[..8].try_into().unwrap()),
+                u32::from_le_bytes(b[8..12].try_into().unwrap()),
+                u16::from_le_bytes(b[12..14].try_into().unwrap()),
+                u16::from_le_bytes(b[14..].try_into().unwrap()),
+            )
+        }
+
+        /// The next chain that the device can see: its head, and its descriptors.
+        fn pop(&mut self) -> Option<(u16, Vec<(u64, u32, u16, u16)>)> {
+            let layout = self.queue.ring.split().layout();
+            if u16::from_le_bytes(self.bytes(layout.avail + 2)) == self.seen {
+                return None;
+            }
+            let at = layout.avail + 4 + 2 * u64::from(self.seen % SIZE);
+            self.seen = self.seen.wrapping_add(1);
+            let head = u16::from_le_bytes(self.bytes(at));
+            let first = self.desc(layout.desc + 16 * u64::from(head));
+            let (table, mut index) = match first.2 & DESC_F_INDIRECT {
+                0 => (layout.desc, head),
+                _ => (first.0, 0),
+            };
+            let mut chain = Vec::new();
+            loop {
+                let desc = self.desc(table + 16 * u64::from(index));
+                chain.push(desc);
+                if desc.2 & DESC_F_NEXT == 0 {
+                    return Some((head, chain));
+                }
+                index = desc.3;
+            }
+        }
+
+        fn push(&mut self, id: u32) {
+            let layout = self.queue.ring.split().layout();
+            let at = layout.used + 4 + 8 * u64::from(self.used % SIZE);
+            self.memory.write(at, &id.to_le_bytes());
+            self.used = self.used.wrapping_add(1);
+            self.memory.write(layout.used + 2, &self.used.to_le_bytes());
+        }
+    }
+
+    #[test]
+    fn requests_are_chains_of_header_data_and_status_and_come_back_with_it() {
+        for features in [0, feature::INDIRECT_DESC | feature::EVENT_IDX] {
+            for writes in [false, true] {
+                let mut rig = Rig::new(features, writes);
+                // Often enough for the ring to go round.
+                for round in 0..3 * u64::from(SIZE) {
+                    for slot in 0..DEPTH {
+                        rig.lane.submit(slot, 4096 * (round + u64::from(slot)));
+                    }
+                    assert!(rig.pop().is_none(), "not published yet");
+                    rig.lane.publish();
+                    for slot in 0..DEPTH {
+                        let (head, chain) = rig.pop().unwrap();
+                        let data_flags = if writes {
+                            DESC_F_NEXT
+                        } else {
+                            DESC_F_NEXT | DESC_F_WRITE
+                        };
+                        let shape: Vec<_> = chain.iter().map(|desc| (desc.1, desc.2)).collect();
+                        assert_eq!(
+                            shape,
+                            [(16, DESC_F_NEXT), (4096, data_flags), (1, DESC_F_WRITE)]
+                        );
+                        let sector = 8 * (round + u64::from(slot));
+                        assert_eq!(rig.bytes(chain[0].0), header(u32::from(writes), sector));
+                        assert_eq!(rig.bytes(chain[2].0), [status::UNTOUCHED]);
+                        // One of them fails.
+                        let end = if slot == 2 { status::IOERR } else { status::OK };
+                        rig.memory.write(chain[2].0, &[end]);
+                        rig.push(u32::from(head));
+                    }
+                    assert_eq!(rig.lane.ready(), DEPTH);
+                    for slot in 0..DEPTH {
+                        let ok = slot != 2;
+                        assert_eq!(rig.lane.take(), Ok(Done { slot, ok }));
+                    }
+                    assert_eq!(rig.lane.ready(), 0);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_device_does_not_own_is_an_error() {
+        let mut rig = Rig::new(feature::INDIRECT_DESC, false);
+        rig.lane.submit(1, 0);
+        rig.lane.publish();
+        rig.push(1);
+        assert!(rig.lane.take().unwrap().slot == 1);
+        for id in [1, 3, u32::from(DEPTH), u32::MAX] {
+            rig.push(id);
+            assert!(rig.lane.take().is_err(), "{id}");
+        }
+    }
+
+    #[test]
+    fn a_kick_is_sent_only_where_it_is_asked_for() {
+        let mut rig = Rig::new(feature::INDIRECT_DESC | feature::EVENT_IDX, false);
+        let event = rig.queue.ring.split().layout().used + 4 + 8 * u64::from(SIZE);
+        let submit = |rig: &mut Rig, asks: u16| {
+            rig.memory.write(event, &asks.to_le_bytes());
+            rig.lane.submit(0, 0);
+            rig.lane.publish();
+            rig.push(0);
+            rig.lane.take().unwrap();
+            rig.lane.kicks()
+        };
+        // It asks for one at the first, and then no more.
+        assert_eq!(submit(&mut rig, 0), 1);
+        assert_eq!(submit(&mut rig, 0), 1);
+        assert_eq!(submit(&mut rig, 2), 2);
+    }
+
+    #[test]
+    fn a_flush_is_a_header_and_a_status() {
+        for features in [0, feature::INDIRECT_DESC] {
+            let mut rig = Rig::new(features, true);
+            rig.lane.make_flush();
+            rig.lane.submit(0, 0);
+            rig.lane.publish();
+            let (_, chain) = rig.pop().unwrap();
+            assert_eq!(rig.bytes(chain[0].0), header(request_type::FLUSH, 0));
+            let shape: Vec<_> = chain.iter().map(|desc| (desc.1, desc.2)).collect();
+            assert_eq!(shape, [(16, DESC_F_NEXT), (1, DESC_F_WRITE)]);
+        }
+    }
+
+    #[test]
+    fn too_many_requests_for_a_ring_without_indirect_tables_are_refused() {
+        let memory = Memory::new(&[RegionSpec::new(0, 1 << 20)]).unwrap();
+        let ring = Virtqueue::new(&memory, SIZE, false).unwrap();
+        let slots = SlotOptions {
+            count: 8,
+            data_len: 4096,
+            ..SlotOptions::default()
+        };
+        let mut queue = BlkQueue::new(&memory, ring, slots);
+        assert!(Lane::new((&memory, &mut queue), 0, 8, false, 4096).is_err());
     }
 }

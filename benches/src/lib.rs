@@ -1,8 +1,8 @@
 //! Side-by-side benchmarks of virtioblkd and its peers; `benches/README.md` says what is measured and how.
 //!
 //! [`client`] is the load generator, on [`lane`], the driver side of a queue. [`runner`] gives each
-//! [`load`] of each [`layer`] to each [`subject`] in turns, and keeps [`record`]s; [`special`] and [`guest`] are the
-//! measures that are no such load. [`goals`], [`report`] and [`plot`] make of the records what is read.
+//! [`load`] of each [`layer`] to each [`subject`] in turns, and keeps [`record`]s; [`special`] and [`guest`]
+//! are the measures that are no such load. [`goals`], [`report`] and [`plot`] make of the records what is read.
 
 pub mod client;
 pub mod fio;

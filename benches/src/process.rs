@@ -174,7 +174,8 @@ impl Drop for Running {
 /// Runs a program to its end and returns what it printed.
 ///
 /// # Errors
-/// When it cannot be started, fails, or this program is asked to end meanwhile; what it said on standard error
+/// When it cannot be started, fails, or this program is asked to end meanwhile;
+/// what it said on standard error
 /// is passed through.
 pub fn output(command: &mut Command) -> Result<String, String> {
     let name = command.get_program().to_string_lossy().into_owned();

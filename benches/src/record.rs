@@ -116,7 +116,7 @@ pub struct Record {
     /// Nanoseconds of the client's CPU for a request, from finding its completion to having published the
     /// next: what the client needs when it does not wait.
     pub client_ns: f64,
-    /// Share of the measured time that those nanoseconds are. Near 1 the client is the limit, not the backend.
+    /// Share of the measured time that those nanoseconds are. Near 1 the client is the limit.
     pub client_busy: f64,
     /// Share of the measured time in which the client was ready to run and had no CPU.
     pub client_waited: f64,

@@ -227,9 +227,9 @@ pub fn ratios(records: &Records, ours: &str) -> Table {
 pub fn absolute(records: &Records) -> Table {
     let mut table = Table::new(
         "Absolute values",
-        "Medians; latencies in µs. client: ns of the client's CPU a request, and the share of the time in which \
-         it was busy (near 100 % it is the limit). read, write: bytes of storage a request. RSS: MiB without the \
-         guest's memory. spread: (max − min) / median of IOPS.",
+        "Medians; latencies in µs. client: ns of the client's CPU a request, and the share of the time in \
+         which it was busy (near 100 % it is the limit). read, write: bytes of storage a request. RSS: MiB \
+         without the guest's memory. spread: (max − min) / median of IOPS.",
         &[
             "layer", "load", "subject", "IOPS", "mean", "p50", "p99", "p99.9", "IOPS/cpu", "CPU %",
             "client", "busy", "kicks", "read", "write", "RSS", "flush ms", "spread",

@@ -347,8 +347,8 @@ impl Bench {
         self.options.target_cpu.unwrap_or(self.options.client_cpu)
     }
 
-    /// Starts an NVMe/TCP target with a namespace of zeros in memory; it ends with its standard input. Returns
-    /// what is served.
+    /// Starts an NVMe/TCP target with a namespace of zeros in memory; it ends with its standard input.
+    /// Returns what is served.
     fn start_target(&self) -> Result<(Running, String), String> {
         let program = self.built.join("virtioblkd-test-target");
         let mut command = Pin::default().command(&[self.target_cpu()], program.as_os_str());

@@ -17,8 +17,8 @@ struct Args {
     #[command(flatten)]
     options: Options,
     /// Send in bursts: microseconds on and microseconds off, such as 1000,9000
-    #[arg(long, value_delimiter = ',', num_args = 2)]
-    bursts: Option<Vec<u64>>,
+    #[arg(long, value_name = "ON,OFF", value_parser = parse_bursts)]
+    bursts: Option<(Duration, Duration)>,
     /// Send nothing, and measure what the backend uses
     #[arg(long, conflicts_with = "bursts")]
     idle: bool,
@@ -34,6 +34,15 @@ struct Args {
     /// With --start: the backend's program and its arguments
     #[arg(last = true)]
     command: Vec<OsString>,
+}
+
+/// Two numbers of microseconds.
+fn parse_bursts(text: &str) -> Result<(Duration, Duration), String> {
+    let numbers = text
+        .split_once(',')
+        .and_then(|(on, off)| Some((on.parse().ok()?, off.parse().ok()?)));
+    let (on, off) = numbers.ok_or("ON,OFF, please")?;
+    Ok((Duration::from_micros(on), Duration::from_micros(off)))
 }
 
 fn main() {
@@ -56,8 +65,7 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     } else if let Some(gap) = args.wake_ms {
         let gap = Duration::from_millis(gap);
         Line::Special(sleeper::wake(options, &mut client, gap, args.peer_cpu)?)
-    } else if let Some([on, off]) = args.bursts.as_deref() {
-        let (on, off) = (Duration::from_micros(*on), Duration::from_micros(*off));
+    } else if let Some((on, off)) = args.bursts {
         Line::Run(Box::new(bursts::run(options, &mut client, on, off)?))
     } else {
         Line::Run(Box::new(steady::run(options, &mut client)?))
@@ -69,5 +77,33 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
             Err(format!("{} requests failed", record.errors).into())
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_one_and_bursts_are_two_numbers() {
+        Args::command().debug_assert();
+        let args = [
+            "loadgen",
+            "--socket",
+            "/s",
+            "--pid",
+            "1",
+            "--bursts",
+            "1000,9000",
+        ];
+        let args = Args::try_parse_from(args).unwrap();
+        assert_eq!(
+            args.bursts,
+            Some((Duration::from_millis(1), Duration::from_millis(9)))
+        );
+        for wrong in ["", "1000", "1,x", "1,2,3"] {
+            assert!(parse_bursts(wrong).is_err(), "{wrong}");
+        }
     }
 }

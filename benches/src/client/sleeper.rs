@@ -91,7 +91,8 @@ impl Drop for Sleeper {
 
 /// Keeps the calling thread on a CPU; where that is refused it stays where it is.
 fn pin_thread(cpu: usize) {
-    // SAFETY: a set of CPUs is plain data, `CPU_SET` checks the number against its size, and the call reads it.
+    // SAFETY: a set of CPUs is plain data, `CPU_SET` checks the number against its size, and the call
+    // reads it.
     unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
         libc::CPU_SET(cpu, &mut set);
