@@ -42,8 +42,6 @@ pub struct FileStorage {
     file: IoFile,
     device: bool,
     direct: bool,
-    /// Its file system keeps it in memory.
-    in_memory: bool,
     read_only: bool,
     limits: Limits,
     len: AtomicU64,
@@ -81,7 +79,6 @@ impl FileStorage {
             file: IoFile::of_disk(file),
             device: opened.device,
             direct: opened.direct,
-            in_memory: opened.in_memory,
             read_only: options.read_only,
             limits: opened.limits,
             len: AtomicU64::new(opened.len),

@@ -74,7 +74,7 @@ impl IoFile {
 
     /// True if its file system is memory, and the ring would hand each request to a thread.
     #[inline]
-    pub(super) fn is_in_memory(&self) -> bool {
+    pub(crate) fn is_in_memory(&self) -> bool {
         self.in_memory
     }
 

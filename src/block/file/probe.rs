@@ -24,8 +24,6 @@ pub(super) struct Opened {
     pub(super) file: File,
     pub(super) device: bool,
     pub(super) direct: bool,
-    /// A file of a file system in memory.
-    pub(super) in_memory: bool,
     pub(super) len: u64,
     pub(super) limits: Limits,
     /// (device, inode) of a file, (device number, none) of a block device: the same thing by whatever
@@ -134,7 +132,6 @@ fn describe(path: &Path, file: File, direct: bool) -> Result<Option<Opened>> {
         limits.physical_block = limits.physical_block.max(limits.logical_block);
     }
     Ok(Some(Opened {
-        in_memory: !device && is_in_memory(&file),
         file,
         device,
         direct,
@@ -142,21 +139,6 @@ fn describe(path: &Path, file: File, direct: bool) -> Result<Option<Opened>> {
         limits,
         identity: identity(&meta),
     }))
-}
-
-/// True for a file whose file system keeps it in memory: statfs(2).
-fn is_in_memory(file: &File) -> bool {
-    // linux/magic.h; the field's type differs between platforms.
-    const TMPFS_MAGIC: u32 = 0x0102_1994;
-    const RAMFS_MAGIC: u32 = 0x8584_58f6;
-    let mut out = std::mem::MaybeUninit::<libc::statfs>::zeroed();
-    // SAFETY: the kernel fills the structure.
-    if unsafe { libc::fstatfs(file.as_raw_fd(), out.as_mut_ptr()) } != 0 {
-        return false;
-    }
-    // SAFETY: zeroed bytes are a valid statfs, and the kernel has filled it.
-    let kind = unsafe { out.assume_init() }.f_type as u32;
-    kind == TMPFS_MAGIC || kind == RAMFS_MAGIC
 }
 
 /// What two names of one thing have in common.

@@ -159,7 +159,7 @@ impl FileStorage {
             }
             return self.fallocate(io, "unmap", PUNCH, offset, len).await;
         }
-        if self.in_memory {
+        if self.file.is_in_memory() {
             return self.make_hole(io, offset, len).await;
         }
         let beyond = offset >= self.len();
@@ -187,7 +187,7 @@ impl FileStorage {
         if !Self::in_range(offset, len) {
             return Err(self.out_of_range(offset));
         }
-        if self.in_memory && len > 0 {
+        if self.file.is_in_memory() && len > 0 {
             // Where it is not possible (ramfs), space does not run out.
             self.fallocate(io, "allocate", RESERVE, offset, len).await?;
         }
