@@ -304,6 +304,9 @@ mod tests {
     const DEPTH: u16 = 4;
     const SIZE: u16 = 16;
 
+    /// A descriptor: address, length, flags, next.
+    type Fields = (u64, u32, u16, u16);
+
     /// A lane, and the memory with which a test plays its device.
     struct Rig {
         memory: Memory,
@@ -341,8 +344,7 @@ mod tests {
             bytes
         }
 
-        /// A descriptor: address, length, flags, next.
-        fn desc(&self, addr: u64) -> (u64, u32, u16, u16) {
+        fn desc(&self, addr: u64) -> Fields {
             let b: [u8; 16] = self.bytes(addr);
             (
                 u64::from_le_bytes(b[..8].try_into().unwrap()),
@@ -353,7 +355,7 @@ mod tests {
         }
 
         /// The next chain that the device can see: its head, and its descriptors.
-        fn pop(&mut self) -> Option<(u16, Vec<(u64, u32, u16, u16)>)> {
+        fn pop(&mut self) -> Option<(u16, Vec<Fields>)> {
             let layout = self.queue.ring.split().layout();
             if u16::from_le_bytes(self.bytes(layout.avail + 2)) == self.seen {
                 return None;
