@@ -115,16 +115,25 @@ impl Participant {
     #[cold]
     fn announce(&self, global: u64) {
         self.current.set(global);
-        let oldest = self.pinned.borrow().front().map_or(global, |p| p.0);
+        let oldest = self.oldest().unwrap_or(global);
         self.published.0.store(oldest, Ordering::SeqCst);
         fence(Ordering::SeqCst); // (A)
     }
 
     /// Goes offline before sleeping; requests that still run keep their epoch published.
     pub(super) fn park(&self) {
-        let oldest = self.pinned.borrow().front().map_or(OFFLINE, |p| p.0);
+        let oldest = self.oldest().unwrap_or(OFFLINE);
         self.published.0.store(oldest, Ordering::SeqCst);
         self.current.set(OFFLINE);
+    }
+
+    /// The oldest epoch with running requests.
+    fn oldest(&self) -> Option<u64> {
+        let mut pinned = self.pinned.borrow_mut();
+        while pinned.front().is_some_and(|p| p.1 == 0) {
+            pinned.pop_front();
+        }
+        pinned.front().map(|p| p.0)
     }
 
     #[inline]
@@ -144,7 +153,20 @@ impl Participant {
         }
     }
 
+    #[inline]
     fn unpin(&self, epoch: u64) {
+        if epoch == self.current.get() {
+            if let Some(last) = self.pinned.borrow_mut().back_mut().filter(|p| p.0 == epoch) {
+                // Nothing is let go by that: new requests begin in this epoch, too. An entry of no requests stays
+                // until the epoch ends.
+                last.1 -= 1;
+                return;
+            }
+        }
+        self.unpin_older(epoch);
+    }
+
+    fn unpin_older(&self, epoch: u64) {
         let mut pinned = self.pinned.borrow_mut();
         if let Some(entry) = pinned.iter_mut().find(|p| p.0 == epoch) {
             entry.1 -= 1;
