@@ -72,6 +72,18 @@ struct Slot {
     busy: Cell<bool>,
 }
 
+impl Slot {
+    /// Takes a request. None: it has one already.
+    #[inline]
+    fn begin(&self) -> Option<TaskId> {
+        if self.busy.replace(true) {
+            return None;
+        }
+        self.started.set(true);
+        self.task.get()
+    }
+}
+
 impl Queue {
     /// Takes a ring over. The driver is signalled once, since it may be waiting for what a predecessor
     /// completed and did not say.
@@ -257,19 +269,17 @@ impl Queue {
     #[inline]
     fn begin(self: &Rc<Self>, head: u16) {
         kill_point!("fetched");
-        let slot = self.slots.borrow()[usize::from(head)].clone();
-        let slot = slot.unwrap_or_else(|| self.new_slot(head));
-        if slot.busy.replace(true) {
+        let known = self.slots.borrow()[usize::from(head)]
+            .as_ref()
+            .map(|slot| slot.begin());
+        let Some(task) = known.unwrap_or_else(|| self.new_slot(head).begin()) else {
             self.break_ring(&format_args!(
                 "the driver made descriptor {head} available again before its request ended"
             ));
             return;
-        }
-        slot.started.set(true);
+        };
         self.count_in_flight(self.in_flight.get() + 1);
-        if let Some(task) = slot.task.get() {
-            self.io.poll_now(task);
-        }
+        self.io.poll_now(task);
     }
 
     #[cold]
