@@ -8,13 +8,14 @@ use crate::reactor::{Io, Sg};
 use super::copy_on_read::{Copies, CopyStats, Stopped};
 use super::disk::SECTOR;
 use super::error::{Error, ErrorKind, Result};
+use super::holes::Holes;
 use super::layer::{Layer, requests_ended};
 use super::lock::Role;
 use super::nvme_tcp::link::Namespace;
 use super::nvme_tcp::remote;
 use super::nvme_tcp::reservation::Reservation;
 use super::spec::{CacheMode, DiskSpec};
-use super::stack::read_chain_copying;
+use super::stack::{Whole, find_whole, read_pieces};
 use super::storage::Storage;
 
 /// The locks of a chain of images; dropping it gives them back.
@@ -83,6 +84,8 @@ pub struct ActiveDisk {
     discard: bool,
     /// What is read through holes is stored in the top image, too.
     copies: Option<Arc<Copies>>,
+    /// How deep the holes below the top image are, in a chain of several.
+    holes: Option<Holes>,
     locks: Locks,
 }
 
@@ -98,6 +101,7 @@ impl ActiveDisk {
         let unit = layers[0].copy_unit().filter(|_| spec.copy_on_read);
         Self {
             copies: unit.map(|unit| Arc::new(Copies::new(unit))),
+            holes: Holes::of(&layers),
             layers,
             namespaces,
             size: AtomicU64::new(size),
@@ -206,8 +210,23 @@ impl ActiveDisk {
     #[inline]
     pub async fn read(&self, io: &Io, offset: u64, to: Sg<'_>) -> Result<()> {
         let _pin = io.pin();
-        self.check(offset, to.len() as u64)?;
-        read_chain_copying(&self.layers, io, offset, to, self.copies.as_ref()).await
+        let len = to.len() as u64;
+        self.check(offset, len)?;
+        let copies = self.copies.as_ref();
+        match find_whole(
+            &self.layers,
+            self.holes.as_ref(),
+            offset,
+            len,
+            copies.is_some(),
+        ) {
+            Some(Whole::Data(storage, at)) => storage.read(io, at, to).await,
+            Some(Whole::Zero) => {
+                to.zero();
+                Ok(())
+            }
+            None => read_pieces(&self.layers, io, offset, to, copies).await,
+        }
     }
 
     /// Writes `from` at `offset`. Durable after the next flush, or at once where the disk writes through.
@@ -217,10 +236,17 @@ impl ActiveDisk {
     #[inline]
     pub async fn write(&self, io: &Io, offset: u64, from: Sg<'_>) -> Result<()> {
         let _pin = io.pin();
-        self.check_change(offset, from.len() as u64)?;
+        let len = from.len() as u64;
+        self.check_change(offset, len)?;
         let (top, below) = self.top();
-        top.write(io, below, offset, from).await?;
-        self.written(io).await
+        match top.in_place(offset, len) {
+            Some(at) => top.data().write(io, at, from).await?,
+            None => top.write(io, below, offset, from).await?,
+        }
+        if self.write_through {
+            self.written(io).await?;
+        }
+        Ok(())
     }
 
     /// Gives the range up: what it reads as afterwards is not defined, and its space may be given back.

@@ -156,6 +156,31 @@ impl Layer {
         }
     }
 
+    /// [`Layer::map`] without waiting; none where it would have to.
+    #[inline]
+    pub(super) fn map_at_once(&self, offset: u64, len: u64) -> Option<Mapping> {
+        match self {
+            Self::Raw(_) => Some(Mapping::Data { offset, len }),
+            Self::Qcow2(image) => Some(image.map_at_once(offset, len)?.into()),
+            #[cfg(test)]
+            Self::Made(made) => Some(made.map(offset, len)),
+        }
+    }
+
+    /// Where in [`Layer::data`] all of a write goes, if that is all there is to it. None: it is [`Layer::write`]'s.
+    #[inline]
+    pub(super) fn in_place(&self, offset: u64, len: u64) -> Option<u64> {
+        if len == 0 || offset.checked_add(len)? > self.size() {
+            return None;
+        }
+        match self {
+            Self::Raw(_) => Some(offset),
+            Self::Qcow2(image) => Some(image.in_place(offset, len)?.0),
+            #[cfg(test)]
+            Self::Made(_) => None,
+        }
+    }
+
     /// Fills `to` with what [`Mapping::Compressed`] says.
     ///
     /// # Errors

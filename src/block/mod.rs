@@ -18,6 +18,7 @@ pub mod disk;
 pub mod error;
 pub mod file;
 mod handed;
+mod holes;
 pub mod layer;
 pub mod lock;
 pub mod null;

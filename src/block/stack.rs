@@ -6,8 +6,9 @@ use crate::reactor::{Io, Sg};
 
 use super::copy_on_read::{Copies, Plan};
 use super::error::{Error, Result};
+use super::holes::Holes;
 use super::layer::{Layer, Mapping};
-use super::storage::Pending;
+use super::storage::{Pending, Storage};
 
 /// Extents of one request that are under way at once.
 const WINDOW: usize = 8;
@@ -19,41 +20,64 @@ const WINDOW: usize = 8;
 /// The first one met in a storage or in metadata; `to` then holds anything.
 #[inline]
 pub async fn read_chain(layers: &[Layer], io: &Io, offset: u64, to: Sg<'_>) -> Result<()> {
-    read_chain_copying(layers, io, offset, to, None).await
+    match find_whole(layers, None, offset, to.len() as u64, false) {
+        Some(Whole::Data(storage, at)) => storage.read(io, at, to).await,
+        Some(Whole::Zero) => {
+            to.zero();
+            Ok(())
+        }
+        None => read_pieces(layers, io, offset, to, None).await,
+    }
 }
 
-/// As [`read_chain`]; what is read through holes of the first layer is copied there, if there are `copies`.
+/// Where all of a range is, and nothing else.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Whole<'a> {
+    /// In one piece, in this storage at this offset.
+    Data(&'a Storage, u64),
+    /// Nowhere.
+    Zero,
+}
+
+/// What most reads need: where all of a range is, if it is in one piece and can be told without I/O. With `copies`,
+/// holes of the first layer are left to [`read_pieces`].
+#[inline]
+pub(super) fn find_whole<'a>(
+    layers: &'a [Layer],
+    holes: Option<&Holes>,
+    offset: u64,
+    len: u64,
+    copies: bool,
+) -> Option<Whole<'a>> {
+    let end = offset.checked_add(len).filter(|_| len > 0)?;
+    let mut level = 0;
+    while let Some(layer) = layers.get(level) {
+        if end > layer.size() {
+            return None;
+        }
+        match layer.map_at_once(offset, len)? {
+            Mapping::Data { offset, len: found } if found == len => {
+                return Some(Whole::Data(layer.data(), offset));
+            }
+            Mapping::Zero { len: found } if found == len => return Some(Whole::Zero),
+            Mapping::Backing { len: found } if found == len && !(copies && level == 0) => {
+                level = match holes.filter(|_| level == 0) {
+                    Some(holes) => holes.below(layers, offset, len),
+                    None => level + 1,
+                };
+            }
+            _ => return None,
+        }
+    }
+    Some(Whole::Zero)
+}
+
+/// As [`read_chain`], piece by piece; what is read through holes of the first layer is copied there, if there are
+/// `copies`.
 ///
 /// # Errors
 /// As [`read_chain`]. A copy that fails is not one.
-#[inline]
-pub(super) async fn read_chain_copying(
-    layers: &[Layer],
-    io: &Io,
-    offset: u64,
-    to: Sg<'_>,
-    copies: Option<&Arc<Copies>>,
-) -> Result<()> {
-    let len = to.len() as u64;
-    if let Some(top) = layers.first() {
-        // The common case: one extent of the top layer.
-        if len > 0 && offset.checked_add(len).is_some_and(|end| end <= top.size()) {
-            match top.map(io, offset, len).await? {
-                Mapping::Data { offset, len: found } if found == len => {
-                    return top.data().read(io, offset, to).await;
-                }
-                Mapping::Zero { len: found } if found == len => {
-                    to.zero();
-                    return Ok(());
-                }
-                _ => {}
-            }
-        }
-    }
-    read_pieces(layers, io, offset, to, copies).await
-}
-
-async fn read_pieces(
+pub(super) async fn read_pieces(
     layers: &[Layer],
     io: &Io,
     offset: u64,
@@ -469,5 +493,71 @@ pub(super) mod tests {
             unreachable!()
         };
         assert_eq!(sim.operations(), 1);
+    }
+
+    /// A layer of units with data where `data` has them, and holes elsewhere.
+    fn units(unit: u64, count: u64, data: &[u64]) -> Layer {
+        let place = |n| match data.contains(&n) {
+            true => Cluster::Data(n),
+            false => Cluster::Hole,
+        };
+        Layer::Made(Made {
+            storage: sim(pattern((unit * count) as usize, data.len() as u64)),
+            size: unit * count,
+            cluster: unit,
+            map: (0..count).map(place).collect(),
+        })
+    }
+
+    #[test]
+    fn a_read_through_holes_goes_on_where_something_is() {
+        const UNIT: u64 = 64 << 10;
+        let mut layers = vec![units(UNIT, 4, &[]), units(UNIT, 4, &[])];
+        layers.push(units(UNIT, 4, &[1]));
+        layers.push(units(UNIT, 2, &[0]));
+        layers.push(raw(pattern(4 * UNIT as usize, 9)));
+        let holes = Holes::of(&layers).unwrap();
+        // Twice: what was found out is remembered.
+        for _ in 0..2 {
+            assert_eq!(holes.below(&layers, 4096, 4096), 3);
+            assert_eq!(holes.below(&layers, UNIT, 512), 2);
+            // The layer ends there: it is looked at, and says so.
+            assert_eq!(holes.below(&layers, 2 * UNIT, 512), 3);
+            assert_eq!(holes.below(&layers, UNIT - 512, 1024), 1, "two units");
+            assert_eq!(holes.below(&layers, 9 * UNIT, 512), 1, "behind the end");
+        }
+        assert!(Holes::of(&layers[..2]).is_none(), "nothing to be saved");
+    }
+
+    #[test]
+    fn a_whole_range_is_found_with_holes_as_without() {
+        const UNIT: u64 = 64 << 10;
+        let mut rng = 11;
+        for round in 0..200 {
+            let mut layers = Vec::new();
+            for _ in 0..2 + random(&mut rng) % 6 {
+                let count = 1 + random(&mut rng) % 4;
+                let data: Vec<u64> = (0..count).filter(|_| random(&mut rng) % 4 == 0).collect();
+                layers.push(units(UNIT, count, &data));
+            }
+            let base = 1 + random(&mut rng) % (4 * UNIT);
+            layers.push(raw(pattern(base as usize, round)));
+            let holes = Holes::of(&layers);
+            for _ in 0..40 {
+                let offset = random(&mut rng) % layers[0].size() / 512 * 512;
+                let len = 512 * (1 + random(&mut rng) % 130);
+                for copies in [false, true] {
+                    let with = find_whole(&layers, holes.as_ref(), offset, len, copies);
+                    let without = find_whole(&layers, None, offset, len, copies);
+                    let place = |found: Option<Whole>| {
+                        found.map(|whole| match whole {
+                            Whole::Data(storage, at) => Some((std::ptr::from_ref(storage), at)),
+                            Whole::Zero => None,
+                        })
+                    };
+                    assert_eq!(place(with), place(without), "round {round} {offset}+{len}");
+                }
+            }
+        }
     }
 }

@@ -68,6 +68,16 @@ impl Qcow2 {
         }
     }
 
+    /// [`Qcow2::map`] without waiting: none where I/O is needed first, or the entry is not valid. The range is inside
+    /// the disk.
+    #[inline]
+    pub(in crate::block) fn map_at_once(&self, offset: u64, len: u64) -> Option<Extent> {
+        match self.lookup(offset, len) {
+            Found::Extent(extent) => Some(extent),
+            Found::Missing(_) | Found::Bad(_) => None,
+        }
+    }
+
     #[inline]
     pub(super) fn check_range(&self, offset: u64, len: u64) -> Result<()> {
         match offset.checked_add(len) {

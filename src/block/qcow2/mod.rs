@@ -60,7 +60,7 @@ mod refill;
 mod reftable;
 pub mod repair;
 mod resize;
-mod room;
+pub(in crate::block) mod room;
 mod runs;
 mod slice;
 pub mod snapshots;

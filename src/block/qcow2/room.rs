@@ -2,21 +2,23 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicPtr, AtomicU64};
+use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU64};
 
 /// What an array can be made of.
 ///
 /// # Safety
 /// All bytes zero is a value of the type, and it has nothing to drop.
-pub(super) unsafe trait Word: Sync {}
+pub(in crate::block) unsafe trait Word: Sync {}
 // SAFETY: zero is a number.
+unsafe impl Word for AtomicU8 {}
+// SAFETY: as above.
 unsafe impl Word for AtomicU64 {}
 // SAFETY: zeros are a null pointer, and what it points at is nothing to the array.
 unsafe impl<T> Word for AtomicPtr<T> {}
 
 /// Words that are zero until they are written to, in pages that take no memory until then.
 #[derive(Debug)]
-pub(super) struct Room<T: Word> {
+pub(in crate::block) struct Room<T: Word> {
     words: NonNull<T>,
     len: usize,
 }
@@ -28,7 +30,7 @@ unsafe impl<T: Word> Sync for Room<T> {}
 
 impl<T: Word> Room<T> {
     /// `len` words; none if the system does not give the addresses for that.
-    pub(super) fn new(len: u64) -> Option<Self> {
+    pub(in crate::block) fn new(len: u64) -> Option<Self> {
         let len = usize::try_from(len).ok()?;
         let layout = Layout::array::<T>(len.max(1)).ok()?;
         // SAFETY: the layout is not empty: no word is.
@@ -41,7 +43,7 @@ impl<T: Word> Room<T> {
     }
 
     #[inline]
-    pub(super) fn get(&self, index: u64) -> Option<&T> {
+    pub(in crate::block) fn get(&self, index: u64) -> Option<&T> {
         let index = usize::try_from(index).ok().filter(|i| *i < self.len)?;
         // SAFETY: `len` words were allocated, zeros are valid ones, and they live as long as `self`.
         Some(unsafe { self.words.add(index).as_ref() })

@@ -97,6 +97,19 @@ impl Qcow2 {
         written.and(ended)
     }
 
+    /// Where in [`Qcow2::data`] all of a write goes that has nothing to do but that: in one piece, to clusters that are
+    /// the image's alone, with no bitmap to note it in. None: it is [`Qcow2::write`]'s. The range is inside the disk.
+    #[inline]
+    pub(in crate::block) fn in_place(&self, offset: u64, len: u64) -> Option<HostOffset> {
+        if self.bitmaps.is_some() || self.refuse_writes.load(Ordering::Relaxed) {
+            return None;
+        }
+        match self.target(offset, len) {
+            Target::InPlace { host, len: found } if found == len => Some(host),
+            _ => None,
+        }
+    }
+
     /// Writes run by run. Runs in place stay under way in `window` while the next are looked for; all have
     /// ended before this waits for anything else. A transfer under way may hold blocks of the device
     /// ([`Storage`](crate::block::storage::Storage) keeps writes to parts of a block apart): with one at
