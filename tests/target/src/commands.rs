@@ -2,7 +2,7 @@
 
 use crate::admin::Reply;
 use crate::build::Completion;
-use crate::connection::{Connection, Flow};
+use crate::connection::{Connection, End, Flow};
 use crate::status::Status;
 use crate::wire::{SGL_IN_CAPSULE, SGL_TRANSPORT, Sqe, op, pdu};
 
@@ -98,6 +98,9 @@ impl Connection {
             }
             _ => Err(Status::DATA_SGL_LENGTH_INVALID.dnr()),
         };
+        if self.auth_closes(sqe) {
+            return Err(End::Close);
+        }
         self.complete(sqe.cid(), result.err().unwrap_or(Status::SUCCESS), 0);
         Ok(())
     }

@@ -183,11 +183,16 @@ impl Security {
         let id = TRANSACTION.fetch_add(1, Ordering::Relaxed);
         let mut transaction =
             Authentication::new(config, &target.host.nqn, &target.subsystem, id, false);
+        let mut is_wrong = false;
         for _ in 0..MAX_STEPS {
             match transaction.next() {
                 Step::Send(message) => {
                     let sqe = Sqe::authentication_send(message.len() as u32);
                     let end = channel.run_with(sqe, &message, deadline, waiter);
+                    // What is wrong is known, however the controller takes it: Linux's closes the connection.
+                    if is_wrong && !matches!(end, Err(Trouble::Closed)) {
+                        continue;
+                    }
                     succeeded(end.map_err(without_a_word)?, "Authentication Send")?;
                 }
                 Step::Receive(most) => {
@@ -199,6 +204,7 @@ impl Security {
                     // What is wrong with it is told by the next step, behind what the controller is to be told.
                     if let Err(error) = transaction.received(&message) {
                         log::debug!("authentication: {error}");
+                        is_wrong = true;
                     }
                 }
                 Step::Done(_) => return Ok(()),

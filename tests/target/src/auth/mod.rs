@@ -50,6 +50,8 @@ pub enum AuthFault {
     HangAtSuccess,
     /// The controller's own response is wrong.
     WrongResponse,
+    /// The same, and where the host says so the connection is closed without an answer, as Linux's target does it.
+    WrongResponseAndClose,
     /// The controller does not respond to the host's challenge (RVALID is 0).
     NoResponse,
     /// HL of the challenge.

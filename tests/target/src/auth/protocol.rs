@@ -265,7 +265,12 @@ impl Auth {
                     host.as_bytes(),
                 ],
             );
-            if parties.options.fault == Some(AuthFault::WrongResponse) {
+            let wrong = [AuthFault::WrongResponse, AuthFault::WrongResponseAndClose];
+            if parties
+                .options
+                .fault
+                .is_some_and(|fault| wrong.contains(&fault))
+            {
                 response[0] ^= 1;
             }
             self.response = Some(response);
@@ -358,6 +363,13 @@ impl Connection {
             self.link.id, self.auth.step
         ));
         Ok(())
+    }
+
+    /// True if the host has found something wrong, and is not to be answered.
+    pub fn auth_closes(&self, sqe: &Sqe) -> bool {
+        let options = self.auth_options(sqe, sqe.sgl().1 as usize);
+        let fault = options.ok().and_then(|options| options.fault);
+        self.auth.step == Step::Failed && fault == Some(AuthFault::WrongResponseAndClose)
     }
 
     /// Authentication Receive: a message for the host.

@@ -248,6 +248,10 @@ fn what_goes_wrong_with_an_authentication_is_told_in_time() {
             AuthFault::WrongResponse,
             "does not know the subsystem's secret",
         ),
+        (
+            AuthFault::WrongResponseAndClose,
+            "does not know the subsystem's secret",
+        ),
         (AuthFault::NoResponse, "did not authenticate itself"),
         (AuthFault::ChallengeHashLength(31), "31"),
         (AuthFault::ChallengeHashLength(64), "64"),
