@@ -39,7 +39,7 @@ const BOX_BYTES: usize = 16;
 pub(super) struct Shape {
     cluster_bits: u8,
     /// A power of two, 64 to 512.
-    entries: usize,
+    entries: u16,
     /// Each entry has a bitmap.
     extended: bool,
 }
@@ -53,24 +53,28 @@ impl Shape {
         }
     }
 
+    fn entries(self) -> usize {
+        self.entries.into()
+    }
+
     /// Memory that a slice without a spill takes.
     pub(super) fn bytes(self) -> usize {
         let bitmaps = if self.extended { self.table_bytes() } else { 0 };
-        size_of::<Thin>() + self.entries * size_of::<AtomicU32>() + BOX_BYTES + bitmaps
+        size_of::<Thin>() + self.entries() * size_of::<AtomicU32>() + BOX_BYTES + bitmaps
     }
 
     /// Memory of a spill, or of the bitmaps.
     fn table_bytes(self) -> usize {
-        self.entries * size_of::<AtomicU64>() + BOX_BYTES
+        self.entries() * size_of::<AtomicU64>() + BOX_BYTES
     }
 
     fn table(self) -> Box<[AtomicU64]> {
-        (0..self.entries).map(|_| AtomicU64::new(0)).collect()
+        (0..self.entries()).map(|_| AtomicU64::new(0)).collect()
     }
 
     /// Memory of the codes of what was a row.
     fn apart_bytes(self) -> usize {
-        self.entries * size_of::<AtomicU32>() + BOX_BYTES
+        self.entries() * size_of::<AtomicU32>() + size_of::<Box<[AtomicU32]>>() + 2 * BOX_BYTES
     }
 }
 
@@ -99,8 +103,8 @@ pub(super) struct SliceOf<Codes: ?Sized> {
     here: u32,
     /// Of a row: the code of the first entry.
     first: u32,
-    /// The codes of what was a row when it was loaded.
-    apart: OnceLock<Box<[AtomicU32]>>,
+    /// The codes of what was a row when it was loaded. In a box of its own to take no more of every slice.
+    apart: OnceLock<Box<Box<[AtomicU32]>>>,
     codes: Codes,
 }
 
@@ -112,13 +116,13 @@ impl Slice {
         raw: impl Iterator<Item = (u64, u64)>,
         check: impl Fn(usize, u64, u64) -> bool,
     ) -> Box<Self> {
-        let slice: Box<Self> = match shape.entries {
+        let slice: Box<Self> = match shape.entries() {
             0..=64 => Self::empty::<64>(index, shape),
             65..=128 => Self::empty::<128>(index, shape),
             129..=256 => Self::empty::<256>(index, shape),
             _ => Self::empty::<512>(index, shape),
         };
-        for (at, (raw, bitmap)) in raw.enumerate().take(shape.entries) {
+        for (at, (raw, bitmap)) in raw.enumerate().take(shape.entries()) {
             if check(at, raw, bitmap) {
                 slice.store(at, raw);
             } else {
@@ -168,7 +172,7 @@ impl Slice {
     pub(super) fn bytes(&self) -> usize {
         let spill = self.spill.get().map_or(0, |_| self.shape.table_bytes());
         let apart = self.apart.get().map_or(0, |_| self.shape.apart_bytes());
-        let codes = (self.shape.entries - self.codes.len()) * size_of::<AtomicU32>();
+        let codes = (self.shape.entries() - self.codes.len()) * size_of::<AtomicU32>();
         self.shape.bytes() - codes + apart + spill
     }
 
@@ -206,7 +210,7 @@ impl Slice {
         let codes = self.apart.get_or_init(|| {
             taken = self.shape.apart_bytes();
             let code = |at| AtomicU32::new(code::behind(self.first, at));
-            (0..self.shape.entries as u32).map(code).collect()
+            Box::new((0..u32::from(self.shape.entries)).map(code).collect())
         });
         (&codes[at], taken)
     }
@@ -387,7 +391,7 @@ impl Slice {
         for (at, to) in to
             .chunks_exact_mut(bytes)
             .enumerate()
-            .take(self.shape.entries)
+            .take(self.shape.entries())
         {
             let (mut raw, bitmap) = self.look(at);
             if raw == entry::BAD {
