@@ -30,11 +30,13 @@ const DOORBELL: u64 = u64::MAX;
 const CANCEL: u64 = u64::MAX - 1;
 /// IORING_ENTER_GETEVENTS.
 const GETEVENTS: u32 = 1;
-/// So many operations are submitted without waiting for more. The kernel shows a disk a whole batch at once, and
-/// takes some microseconds an operation to get there: a disk that has run dry stands still meanwhile.
-const GROUP: u32 = 2;
+/// So many operations at least are submitted together. The kernel shows a disk a whole batch at once, and takes
+/// some microseconds an operation to get there: a disk that has run dry stands still meanwhile.
+const SMALLEST_GROUP: u32 = 2;
+/// So many at most. Between the two it is half of what the kernel has in hand: see [`group`].
+const LARGEST_GROUP: u32 = 16;
 /// So many completions are taken in a turn, for the same reason: what follows from them goes out before the next.
-const COMPLETIONS: usize = 4;
+const COMPLETIONS: usize = LARGEST_GROUP as usize;
 
 /// How to make a reactor.
 #[derive(Clone, Debug)]
@@ -405,7 +407,9 @@ impl Inner {
             // the lifetimes and the drop of `Op`, timeouts in the operation table.
             if unsafe { ring.uring.submission().push(entry) }.is_ok() {
                 ring.queued += 1;
-                if ring.queued >= GROUP {
+                if ring.queued >= SMALLEST_GROUP
+                    && ring.queued >= group(self.ops.borrow().pending().saturating_sub(ring.queued))
+                {
                     drop(ring);
                     self.enter(0, 0, None);
                 }
@@ -500,6 +504,13 @@ impl Inner {
         }
         count
     }
+}
+
+/// How many operations make a group while the kernel has `in_hand`. A disk that still has twice as many to do can
+/// wait for a larger one, which costs fewer system calls; one that runs dry cannot.
+#[inline]
+fn group(in_hand: u32) -> u32 {
+    (in_hand / 2).clamp(SMALLEST_GROUP, LARGEST_GROUP)
 }
 
 impl Drop for Inner {

@@ -90,6 +90,25 @@ fn operations_enter_the_kernel_in_groups_and_the_rest_with_the_turn() {
 }
 
 #[test]
+fn groups_are_larger_while_the_kernel_has_much_in_hand() {
+    let io = io();
+    let file = IoFile::new(file(1 << 20));
+    io.turn();
+    let mut bufs: Vec<AlignedBuf> = (0..32).map(|_| io.buf(512)).collect();
+    io.block_on(async {
+        let before = io.enters();
+        let ops: Vec<Op<'_>> = bufs.iter_mut().map(|b| io.read(&file, 0, b.sg())).collect();
+        // 2, 2, 2, 3, 4, 6 and 9 go out, each half of those before; the last 4 are less than 14.
+        assert_eq!(io.enters() - before, 7);
+        io.turn();
+        assert_eq!(io.enters() - before, 8);
+        for op in ops {
+            assert_eq!(op.await.unwrap(), 512);
+        }
+    });
+}
+
+#[test]
 fn an_operation_dropped_early_is_waited_for() {
     let io = io();
     let file = IoFile::new(file(8192));
