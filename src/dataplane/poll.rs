@@ -10,6 +10,10 @@
 //! under way, and for a little after it was shown a completion, which it likes to answer with the next
 //! request. Storage wakes us from the kernel for a few microseconds, and may need this very CPU meanwhile
 //! (an io_uring worker thread, a softirq), so it is spun for only as long as that wake would take.
+//!
+//! A load that comes in bursts is another matter: there is CPU to spare in its pauses, and what each burst is
+//! about is to be over soon. So a pause of the driver's gives a quarter of its length to spin for storage after
+//! it, up to 3 ms, as long as storage is quicker than that. A steady load has no pauses and gets nothing.
 
 use std::time::{Duration, Instant};
 
@@ -58,6 +62,13 @@ const ANSWER_MAX: Duration = Duration::from_micros(10);
 /// What a sleep in the kernel and a wake by a completion cost, about.
 const STORAGE_MAX: Duration = Duration::from_micros(5);
 
+/// A driver that was silent for this long, while we slept, made a pause.
+const PAUSE: Duration = Duration::from_millis(1);
+/// The part of a pause that may be spun after it.
+const BURST_SHARE: u32 = 4;
+/// The most that a pause gives.
+const BURST_MAX: Duration = Duration::from_millis(3);
+
 /// Learns the windows of one worker.
 #[derive(Debug)]
 pub(super) struct Poller {
@@ -65,7 +76,18 @@ pub(super) struct Poller {
     driver: Window,
     answer: Window,
     storage: Window,
+    burst: Burst,
     idle_since: Option<(Instant, Waiting)>,
+    /// Whether we have slept since.
+    slept: bool,
+}
+
+/// What may be spun for storage after a pause.
+#[derive(Debug, Default)]
+struct Burst {
+    left: Duration,
+    /// Mean time that storage was waited for of late.
+    storage: Duration,
 }
 
 /// The window of one kind of waiting.
@@ -84,7 +106,9 @@ impl Poller {
             driver: Window::new(config.max),
             answer: Window::new(config.max.min(ANSWER_MAX)),
             storage: Window::new(config.max.min(STORAGE_MAX)),
+            burst: Burst::default(),
             idle_since: None,
+            slept: false,
         }
     }
 
@@ -102,6 +126,8 @@ impl Poller {
         if let Some((since, waiting)) = self.idle_since.take() {
             let gap = now().saturating_duration_since(since);
             self.window(waiting).learn(gap);
+            let slept = std::mem::take(&mut self.slept);
+            self.burst.learn(gap, waiting, slept);
         }
     }
 
@@ -112,10 +138,27 @@ impl Poller {
             PollMode::Always => true,
             PollMode::Never => false,
             PollMode::Adaptive => {
-                now.saturating_duration_since(since) < self.window(waiting).length
+                let gap = now.saturating_duration_since(since);
+                gap < self.window(waiting).length || self.burst.spins(gap, waiting)
             }
         };
+        self.slept |= !spin;
         if spin { Idle::Spin } else { Idle::Sleep }
+    }
+}
+
+impl Burst {
+    fn spins(&self, gap: Duration, waiting: Waiting) -> bool {
+        waiting != Waiting::Driver && gap < self.left && self.storage < self.left
+    }
+
+    fn learn(&mut self, gap: Duration, waiting: Waiting, slept: bool) {
+        if waiting != Waiting::Driver {
+            self.storage = (self.storage * 7 + gap) / 8;
+            self.left = self.left.saturating_sub(gap);
+        } else if slept && gap >= PAUSE {
+            self.left = (gap / BURST_SHARE).min(BURST_MAX);
+        }
     }
 }
 
@@ -231,5 +274,71 @@ mod tests {
             gap(&mut poller, &mut clock, Duration::from_micros(2)),
             Idle::Spin
         );
+    }
+
+    /// Storage that takes `gap` is waited for. Returns what the worker did for most of it.
+    fn storage(poller: &mut Poller, clock: &mut Instant, gap: Duration) -> Idle {
+        poller.idle(*clock, Waiting::Storage);
+        let just_before = *clock + gap.saturating_sub(Duration::from_nanos(1));
+        let last = poller.idle(just_before, Waiting::Storage);
+        *clock += gap;
+        poller.busy(|| *clock);
+        last
+    }
+
+    #[test]
+    fn a_burst_after_a_pause_is_spun_through_until_a_quarter_of_the_pause_is_spent() {
+        let mut poller = poller(PollMode::Adaptive);
+        let mut clock = Instant::now();
+        let request = Duration::from_micros(100);
+        for _ in 0..3 {
+            gap(&mut poller, &mut clock, Duration::from_millis(8));
+            let spun = (0..40)
+                .map(|_| storage(&mut poller, &mut clock, request))
+                .take_while(|idle| *idle == Idle::Spin)
+                .count();
+            assert_eq!(spun, 20, "2 ms");
+        }
+    }
+
+    #[test]
+    fn a_long_pause_gives_no_more_than_the_limit() {
+        let mut poller = poller(PollMode::Adaptive);
+        let mut clock = Instant::now();
+        gap(&mut poller, &mut clock, Duration::from_secs(60));
+        let left = poller.burst.left;
+        assert_eq!(left, BURST_MAX);
+        assert_eq!(
+            storage(&mut poller, &mut clock, BURST_MAX * 2),
+            Idle::Sleep,
+            "one wait cannot take more either"
+        );
+        assert_eq!(poller.burst.left, Duration::ZERO);
+    }
+
+    #[test]
+    fn storage_that_is_slower_than_a_pause_gives_is_not_spun_for() {
+        let mut poller = poller(PollMode::Adaptive);
+        let mut clock = Instant::now();
+        let (pause, seek) = (Duration::from_millis(4), Duration::from_millis(10));
+        for _ in 0..10 {
+            gap(&mut poller, &mut clock, pause);
+            storage(&mut poller, &mut clock, seek);
+        }
+        gap(&mut poller, &mut clock, pause);
+        poller.idle(clock, Waiting::Storage);
+        let soon = clock + Duration::from_micros(10);
+        assert_eq!(poller.idle(soon, Waiting::Storage), Idle::Sleep);
+    }
+
+    #[test]
+    fn a_steady_load_gives_nothing_to_spin_for_storage() {
+        let mut poller = poller(PollMode::Adaptive);
+        let mut clock = Instant::now();
+        for _ in 0..1000 {
+            gap(&mut poller, &mut clock, Duration::from_micros(500));
+            storage(&mut poller, &mut clock, Duration::from_micros(100));
+        }
+        assert_eq!(poller.burst.left, Duration::ZERO);
     }
 }

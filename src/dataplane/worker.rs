@@ -221,6 +221,11 @@ impl Worker {
         }
         for queue in &self.queues {
             queue.after_sleep(sleeps);
+            // A driver that woke us waits: its requests go before our own business with the kernel, such as
+            // taking its notification and asking for the next one.
+            if sleeps && queue.poll() {
+                queue.publish();
+            }
         }
     }
 
