@@ -21,8 +21,8 @@ use super::entry::{self, Entry, decode};
 use super::fill::is_zero;
 use super::journal::Room;
 use super::map::{Extent, Found};
+use super::target::Target;
 use super::units::GuestOffset;
-use super::write::Target;
 use crate::block::error::Result;
 use crate::reactor::{AlignedBuf, Io};
 

@@ -10,8 +10,8 @@ use super::claim::Attempt;
 use super::entry::{self, Entry, decode};
 use super::freed::Freed;
 use super::map::{Extent, Found};
+use super::target::Target;
 use super::units::{GuestCluster, GuestOffset};
-use super::write::Target;
 use crate::block::error::Result;
 use crate::reactor::Io;
 

@@ -7,7 +7,7 @@
 //! | [`units`], [`header`], `entry` | the format's numbers, header and table entries |
 //! | `code`, `slice`, `marks`, `room`, `l1`, `tables` | the L1 table and the cache of L2 slices: lock-free to look at |
 //! | `map`, `compressed`, `inflated` | reading: from the guest's offset to where its bytes are |
-//! | `claim`, `write`, `discard` | changing: one claimed run of clusters after another |
+//! | `claim`, `target`, `write`, `discard` | changing: one claimed run of clusters after another |
 //! | `cow`, `record`, `fill` | copy-on-write, put off until it must be done |
 //! | `copied` | copy-on-read: what a hole shows becomes the image's own |
 //! | `extended` | reading and changing images whose clusters have subclusters |
@@ -65,6 +65,7 @@ mod runs;
 mod slice;
 pub mod snapshots;
 mod tables;
+mod target;
 pub mod units;
 mod write;
 

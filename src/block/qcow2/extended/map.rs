@@ -3,8 +3,8 @@
 use super::super::Qcow2;
 use super::super::map::{Extent, Found};
 use super::super::slice::Slice;
+use super::super::target::Target;
 use super::super::units::{Geometry, GuestCluster, GuestOffset, HostOffset};
-use super::super::write::Target;
 use super::entry::{Host, Pair, Subclusters};
 
 /// Where a range begins, and how far a lookup may go.
