@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::*;
 
-fn io() -> Io {
+pub(super) fn io() -> Io {
     Io::new(&IoConfig {
         worker: 0,
         entries: 64,
@@ -106,6 +106,53 @@ fn groups_are_larger_while_the_kernel_has_much_in_hand() {
             assert_eq!(op.await.unwrap(), 512);
         }
     });
+}
+
+#[test]
+fn completions_beyond_what_a_turn_takes_are_neither_lost_nor_slept_over() {
+    const COUNT: u32 = 100;
+    let io = io();
+    // Each of these operations has ended when it is begun, without a thread or an interrupt.
+    let event = vmm_sys_util::eventfd::EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    event.write(1).unwrap();
+    // SAFETY: the duplicate is owned by the `File` alone.
+    let file =
+        unsafe { <File as std::os::fd::FromRawFd>::from_raw_fd(libc::dup(event.as_raw_fd())) };
+    let file = std::rc::Rc::new(IoFile::new(file));
+    let ended = std::rc::Rc::new(Cell::new(0));
+    while io.turn() {}
+    for _ in 0..COUNT {
+        let (io, file, ended) = (io.clone(), file.clone(), ended.clone());
+        io.clone().spawn(async move {
+            io.readable(&file).await.unwrap();
+            ended.set(ended.get() + 1);
+        });
+    }
+    assert!(io.turn(), "all of them begin");
+    assert_eq!(ended.get(), 0);
+    // Who sleeps in spite of them is woken in the end, and that is told.
+    let (over, waits) = std::sync::mpsc::channel::<()>();
+    let doorbell = io.doorbell();
+    let watch = std::thread::spawn(move || {
+        let timeout = std::sync::mpsc::RecvTimeoutError::Timeout;
+        let slept = || waits.recv_timeout(Duration::from_secs(20)) == Err(timeout);
+        let rings = std::iter::from_fn(|| slept().then(|| doorbell.ring()));
+        rings.count()
+    });
+    let mut least = u32::MAX;
+    while ended.get() < COUNT {
+        // What waits is there to be taken: this returns at once.
+        io.park(None);
+        let before = ended.get();
+        assert!(io.turn(), "{before} of {COUNT}: nothing is done any more");
+        assert!(ended.get() > before, "{before} of {COUNT}");
+        least = least.min(ended.get() - before);
+    }
+    drop(over);
+    assert_eq!(watch.join().unwrap(), 0, "it slept");
+    assert!(least < COUNT / 4, "a few a turn, and not {least}");
+    while io.turn() {}
+    io.close();
 }
 
 #[test]

@@ -3,16 +3,8 @@ use std::os::unix::fs::FileExt;
 use std::task::{Context, Poll, Waker};
 
 use super::*;
-use crate::reactor::{AlignedBuf, Epochs, IoConfig};
-
-fn io() -> Io {
-    Io::new(&IoConfig {
-        worker: 0,
-        entries: 64,
-        epochs: Epochs::new(),
-    })
-    .expect("io_uring")
-}
+use crate::reactor::AlignedBuf;
+use crate::reactor::tests::io;
 
 /// A file in memory, of `len` bytes that tell their place.
 fn memory(len: usize) -> File {
@@ -154,6 +146,10 @@ fn large_transfers_and_all_that_is_begun_after_a_turns_share_go_to_the_ring() {
     let op = io.read(&file, 7, large.sg());
     assert_eq!(io.inline_work(), 0);
     assert_eq!(io.block_on(op).unwrap() as usize, LARGEST + 1);
+    let op = io.read(&file, 7, large.sg().slice(0, LARGEST));
+    assert!(!op.is_queued(), "the largest");
+    drop(op);
+    io.turn();
     let mut bufs: Vec<AlignedBuf> = (0..40).map(|_| io.buf(32 << 10)).collect();
     let mut inline = 0;
     let ops: Vec<Op<'_>> = bufs
