@@ -24,6 +24,7 @@ mod extended;
 mod faults;
 mod fresh;
 mod history;
+mod in_memory;
 mod journal;
 mod judge;
 mod kinds;
@@ -31,6 +32,7 @@ mod leaks;
 mod memory;
 mod read;
 mod resize;
+mod rows;
 mod snapshots;
 mod write;
 

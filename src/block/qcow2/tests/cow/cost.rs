@@ -143,3 +143,45 @@ fn zeros_of_the_base_are_not_written() {
     });
     over.finish("zeros");
 }
+
+#[test]
+fn zeros_of_the_base_are_not_written_by_who_copies_at_once() {
+    let mut base = vec![0; 1 << 20];
+    // One cluster has data before, one behind what is written.
+    base[65536..65536 + 512].fill(7);
+    base[196_608 - 512..196_608].fill(7);
+    let over = Over::new(65536, base, 1 << 20, Sim::default());
+    over.io.block_on(async {
+        let (io, base) = (&over.io, &over.base);
+        over.image.set_eager(io, base, true).await.expect("eager");
+        over.write(524_288 + 8192, &noise(1, 4096)).await; // the table, too
+        over.written();
+        over.write(262_144 + 8192, &noise(2, 4096)).await;
+        assert_eq!(over.written(), [4096]);
+        over.write(65536 + 8192, &noise(3, 4096)).await;
+        assert_eq!(over.written(), [8192 + 4096]);
+        over.write(131_072 + 8192, &noise(4, 4096)).await;
+        assert_eq!(over.written(), [65536 - 8192]);
+        over.check("zeros").await;
+    });
+    over.finish("zeros");
+}
+
+#[test]
+fn zeros_of_the_base_are_written_where_new_clusters_may_hold_anything() {
+    for eager in [false, true] {
+        let config = Sim {
+            promises_zeros: false,
+            ..Sim::default()
+        };
+        let over = Over::new(65536, vec![0; 1 << 20], 1 << 20, config);
+        over.io.block_on(async {
+            let (io, base) = (&over.io, &over.base);
+            over.image.set_eager(io, base, eager).await.expect("eager");
+            over.write(65536 + 4096, &noise(1, 4096)).await;
+            over.flush().await.expect("flush");
+            over.check("zeros").await;
+        });
+        over.finish("zeros");
+    }
+}
