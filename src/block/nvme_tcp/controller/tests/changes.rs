@@ -82,10 +82,7 @@ fn a_namespace_that_grows_or_shrinks_is_told() {
 
 #[test]
 fn a_change_that_nobody_told_is_found_after_the_next_loss() {
-    let target = one_port();
-    let namespace = open(spec(&target)).unwrap();
-    let mut worker = Worker::new(&namespace);
-    worker.connected(0);
+    let (target, namespace, mut worker, _) = served();
     target
         .subsystem(0)
         .resize(1, 128 << 20, Notice::Silent)
@@ -133,10 +130,7 @@ fn a_namespace_that_is_removed_or_replaced_is_gone() {
 
 #[test]
 fn another_namespace_after_a_loss_is_not_served() {
-    let target = one_port();
-    let namespace = open(spec(&target)).unwrap();
-    let mut worker = Worker::new(&namespace);
-    worker.connected(0);
+    let (target, namespace, mut worker, _) = served();
     let other = NamespaceSpec::new(1, 64 << 20).identity(nvme_target::Identity {
         nguid: [9; 16],
         eui64: [0; 8],

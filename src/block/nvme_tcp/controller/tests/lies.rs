@@ -165,10 +165,7 @@ fn a_namespace_that_is_formatted_anew_is_gone() {
 
 #[test]
 fn a_namespace_that_gets_metadata_is_served_no_more() {
-    let target = one_port();
-    let namespace = open(spec(&target)).unwrap();
-    let mut worker = Worker::new(&namespace);
-    worker.connected(0);
+    let (target, namespace, mut worker, _) = served();
     target
         .subsystem(0)
         .configure_namespace(1, Notice::Send, |options| options.metadata_bytes = 8)

@@ -102,10 +102,7 @@ fn the_times_that_a_path_is_given_begin_with_its_loss_and_end_with_its_return() 
 
 #[test]
 fn a_subsystem_that_refuses_for_good_is_not_tried_again() {
-    let target = one_port();
-    let namespace = open(spec(&target)).unwrap();
-    let mut worker = Worker::new(&namespace);
-    worker.connected(0);
+    let (target, namespace, mut worker, _) = served();
     target
         .subsystem(0)
         .configure(|controller| controller.allowed_hosts = Some(vec![]));

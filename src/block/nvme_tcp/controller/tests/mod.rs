@@ -164,6 +164,15 @@ impl Worker {
     }
 }
 
+/// A target with one port, its namespace opened, and a member that has its queue.
+fn served() -> (Target, Arc<Namespace>, Worker, IoConnection) {
+    let target = one_port();
+    let namespace = open(spec(&target)).unwrap();
+    let mut worker = Worker::new(&namespace);
+    let queue = worker.connected(0);
+    (target, namespace, worker, queue)
+}
+
 /// Waits until something is so that nobody tells of.
 fn eventually(is: impl Fn() -> bool) {
     let deadline = Instant::now() + PATIENCE;

@@ -98,10 +98,7 @@ fn a_queue_that_failed_is_made_again_and_the_others_stay() {
 
 #[test]
 fn a_queue_that_fails_as_soon_as_it_is_made_again_ends_the_association() {
-    let target = one_port();
-    let namespace = open(spec(&target)).unwrap();
-    let mut worker = Worker::new(&namespace);
-    let first = worker.connected(0);
+    let (target, namespace, mut worker, first) = served();
     // Each time as soon as it is connected.
     let next = loop {
         let member = worker.member.number();
@@ -191,10 +188,7 @@ fn no_more_aborts_are_sent_than_the_controller_takes() {
 
 #[test]
 fn aborts_that_wait_do_not_outlive_the_queue() {
-    let target = one_port();
-    let namespace = open(spec(&target)).unwrap();
-    let mut worker = Worker::new(&namespace);
-    let queue = worker.connected(0);
+    let (target, namespace, mut worker, queue) = served();
     let (generation, qid) = (queue.generation, queue.qid);
     let faults = target.faults();
     let late = Fault::Delay(Duration::from_millis(200));
