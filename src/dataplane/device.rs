@@ -173,6 +173,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Waits until a ring has stopped; `progress` is told now and then how many requests are still in flight. Where the
+/// ring goes on; none: its worker has ended.
+fn wait_for_stop(
+    stopped: &Receiver<Option<u32>>,
+    stats: &RingStats,
+    progress: &mut dyn FnMut(u32),
+) -> Option<u32> {
+    loop {
+        match stopped.recv_timeout(PROGRESS_EVERY) {
+            Ok(base) => break base,
+            Err(RecvTimeoutError::Timeout) => progress(stats.in_flight.load(Ordering::Relaxed)),
+            Err(RecvTimeoutError::Disconnected) => break None,
+        }
+    }
+}
+
 impl BlkDevice {
     /// A device that serves `disk`. `config` is the configuration space that fits `settings`.
     pub fn new(
@@ -361,15 +377,7 @@ impl BlkDevice {
             .remove(&index)
             .ok_or(DeviceError::NotRunning(index))?;
         let receiver = self.send(index, command);
-        let base = loop {
-            match receiver.recv_timeout(PROGRESS_EVERY) {
-                Ok(answer) => break answer,
-                Err(RecvTimeoutError::Timeout) => {
-                    progress(stats.in_flight.load(Ordering::Relaxed));
-                }
-                Err(RecvTimeoutError::Disconnected) => break None,
-            }
-        };
+        let base = wait_for_stop(&receiver, &stats, progress);
         info!("{}: ring {index} stopped: {stats}", self.name());
         if control.rings.is_empty() {
             self.give_back(&mut control)?;

@@ -3,13 +3,11 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
-use std::sync::atomic::Ordering;
-use std::sync::mpsc::RecvTimeoutError;
 use std::time::Instant;
 
 use log::{info, warn};
 
-use super::{BlkDevice, Command, Control, DeviceError, PROGRESS_EVERY, lock};
+use super::{BlkDevice, Command, Control, DeviceError, lock, wait_for_stop};
 
 /// How a device stands that was paused.
 #[derive(Debug)]
@@ -75,15 +73,7 @@ impl BlkDevice {
         let mut bases = Vec::with_capacity(asked.len());
         let mut image = Ok(());
         for (index, stats, receiver) in asked {
-            let base = loop {
-                match receiver.recv_timeout(PROGRESS_EVERY) {
-                    Ok(answer) => break answer,
-                    Err(RecvTimeoutError::Timeout) => {
-                        progress(stats.in_flight.load(Ordering::Relaxed));
-                    }
-                    Err(RecvTimeoutError::Disconnected) => break None,
-                }
-            };
+            let base = wait_for_stop(&receiver, &stats, progress);
             info!("{}: ring {index} paused: {stats}", self.name());
             match base {
                 Some(base) => bases.push((index, base)),
