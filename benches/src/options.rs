@@ -1,9 +1,16 @@
 //! The command line of the runner.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use regex_lite::Regex;
+
+use crate::layer::Layer;
+
+/// What our build is called where it is the only one.
+pub const OURS: &str = "virtioblkd";
+/// The other subjects.
+const SUBJECTS: [&str; 4] = ["qsd", "qsd-spin", "refstack", "fio"];
 
 /// Measure virtioblkd beside its peers and the machine's own limit
 #[derive(Debug, Clone, Parser)]
@@ -19,10 +26,10 @@ pub struct Options {
     #[arg(long)]
     pub goals: bool,
     /// Runs of each load [default: 3]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub runs: Option<u32>,
     /// Measured seconds a run [default: 1]
-    #[arg(long, value_name = "S")]
+    #[arg(long, value_name = "S", value_parser = parse_seconds)]
     pub seconds: Option<f64>,
     /// virtioblkd (or the names given to --binary), qsd, qsd-spin, refstack, fio [default: all]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
@@ -33,7 +40,7 @@ pub struct Options {
     /// Only loads whose name matches, such as randread or qd32
     #[arg(long, value_name = "REGEX", default_value = "")]
     pub loads: Regex,
-    /// Special measures: idle, wake, bursts, start, memory; none for none [default: all, with --layers none]
+    /// Special measures: idle, wake, bursts, start, memory, instructions; none for none [default: all, with --layers none]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub specials: Vec<String>,
     /// Size of the images [default: 1G]
@@ -52,7 +59,7 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     pub target_cpu: Option<usize>,
     /// Workers and queues of all loads, each queue with the depth of the load [default: what the load says]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub workers: Option<u16>,
     /// A virtioblkd to measure, under a name of its own if several are compared [default: that of this tree]
     #[arg(long, value_name = "[NAME=]PATH", value_parser = parse_binary)]
@@ -90,7 +97,7 @@ pub struct Options {
 impl Options {
     /// Runs of each load.
     pub fn runs(&self) -> u32 {
-        self.runs.unwrap_or(if self.quick { 1 } else { 3 }).max(1)
+        self.runs.unwrap_or(if self.quick { 1 } else { 3 })
     }
 
     /// Measured seconds a run.
@@ -117,6 +124,69 @@ impl Options {
         } else {
             self.backend_cpu.clone()
         }
+    }
+
+    /// Whether what is named is there, on a machine with these CPUs: what was mistyped is told before hours of
+    /// measuring.
+    ///
+    /// # Errors
+    /// The first thing that is not, and what there is.
+    pub fn check(&self, has_cpu: impl Fn(usize) -> bool, cpus: usize) -> Result<(), String> {
+        let ours = self.binary.iter().map(|binary| &*binary.name);
+        let peers = self.peer.iter().map(|peer| &*peer.name);
+        let mut known: Vec<&str> = ours.chain(peers).chain(SUBJECTS).collect();
+        if self.binary.is_empty() {
+            known.insert(0, OURS);
+        }
+        if let Some(name) = self.subjects.iter().find(|name| !known.contains(&&***name)) {
+            return Err(format!(
+                "unknown subject {name}: one of {}, please",
+                known.join(", ")
+            ));
+        }
+        let backend = self.backend_cpus(cpus);
+        let named = [
+            ("--client-cpu", Some(self.client_cpu)),
+            ("--target-cpu", self.target_cpu),
+        ];
+        let named = named
+            .into_iter()
+            .filter_map(|(option, cpu)| Some((option, cpu?)));
+        let all = named.chain(backend.iter().map(|cpu| ("--backend-cpu", *cpu)));
+        for (option, cpu) in all {
+            if !has_cpu(cpu) {
+                return Err(format!("{option}: this machine has no CPU {cpu}"));
+            }
+        }
+        let workers = usize::from(self.workers.unwrap_or(1));
+        if workers > backend.len() {
+            return Err(format!(
+                "--workers {workers} needs as many CPUs for the backend, and it has {}: name them with --backend-cpu",
+                backend.len()
+            ));
+        }
+        let files = self.binary.iter().map(|binary| ("--binary", &binary.path));
+        let files = files.chain(
+            self.instructions
+                .iter()
+                .map(|path| ("--instructions", path)),
+        );
+        for (option, path) in files.filter(|(_, path)| !path.is_file()) {
+            return Err(format!("{option}: there is no file {}", path.display()));
+        }
+        for peer in &self.peer {
+            let (name, socket) = (&peer.name, peer.socket.display());
+            if !peer.socket.exists() {
+                return Err(format!("--peer {name}: there is no socket {socket}"));
+            }
+            if !Path::new(&format!("/proc/{}", peer.pid)).exists() {
+                return Err(format!("--peer {name}: there is no process {}", peer.pid));
+            }
+            if Layer::parse(&peer.layer).is_none() {
+                return Err(format!("--peer {name}: unknown layer {}", peer.layer));
+            }
+        }
+        Ok(())
     }
 
     /// Whether a subject is wanted.
@@ -175,8 +245,16 @@ fn parse_size(text: &str) -> Result<u64, String> {
         .ok_or_else(|| "16M at least".to_owned())
 }
 
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    match seconds {
+        0.1..=86_400.0 => Ok(seconds),
+        _ => Err("0.1 to 86400".to_owned()),
+    }
+}
+
 fn parse_binary(text: &str) -> Result<Binary, String> {
-    let (name, path) = text.split_once('=').unwrap_or(("virtioblkd", text));
+    let (name, path) = text.split_once('=').unwrap_or((OURS, text));
     if name.is_empty() || path.is_empty() {
         return Err("[NAME=]PATH, please".to_owned());
     }
@@ -274,6 +352,57 @@ mod tests {
         assert!(!parse(&["--layers", "null"]).wants_special("idle"));
         assert!(parse(&["--layers", "null", "--specials", "idle"]).wants_special("idle"));
         assert!(!parse(&["--specials", "none"]).wants_special("idle"));
+    }
+
+    #[test]
+    fn what_is_named_and_is_not_there_is_told_before_anything_is_measured() {
+        let check = |args: &[&str]| parse(args).check(|cpu| cpu < 4, 4);
+        let me = std::process::id();
+        let peer = |what: &str| format!("--peer=p={what}");
+        let here = format!("/proc/self/exe,{me}");
+        for right in [
+            &[][..],
+            &["--subjects", "virtioblkd,fio"],
+            &[
+                "--binary",
+                "old=/proc/self/exe",
+                "--subjects",
+                "old,qsd-spin",
+            ],
+            &["--workers", "2"],
+            &["--workers", "3", "--backend-cpu", "1,2,3"],
+            &[&peer(&here), "--subjects", "p"],
+        ] {
+            assert_eq!(check(right), Ok(()), "{right:?}");
+        }
+        for (wrong, word) in [
+            (&["--subjects", "spdk"][..], "spdk"),
+            (
+                &["--binary", "old=/proc/self/exe", "--subjects", "virtioblkd"],
+                "old",
+            ),
+            (&["--client-cpu", "4"], "--client-cpu"),
+            (&["--backend-cpu", "1,4"], "CPU 4"),
+            (&["--target-cpu", "9"], "--target-cpu"),
+            (&["--workers", "3"], "--workers 3"),
+            (&["--binary", "/no/such"], "/no/such"),
+            (&["--instructions", "/no/such"], "/no/such"),
+            (&[&peer(&format!("/no/such,{me}"))], "socket /no/such"),
+            (&[&peer("/proc/self/exe,4194305")], "process 4194305"),
+            (&[&peer(&format!("{here},lace"))], "layer lace"),
+        ] {
+            let error = check(wrong).expect_err("refused");
+            assert!(error.contains(word), "{wrong:?}: {error}");
+        }
+        for wrong in [
+            "--seconds=0",
+            "--seconds=-1",
+            "--seconds=nan",
+            "--runs=0",
+            "--workers=0",
+        ] {
+            assert!(Options::try_parse_from(["run", wrong]).is_err(), "{wrong}");
+        }
     }
 
     #[test]

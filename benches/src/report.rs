@@ -208,7 +208,7 @@ pub fn ratios(records: &Records, ours: &str) -> Table {
         let figure = |who, metric: Metric| {
             median(records.of(who, layer, load).map(|record| metric.of(record)))
         };
-        if figure(ours, Metric::Iops).is_none() {
+        if others.is_empty() || figure(ours, Metric::Iops).is_none() {
             continue;
         }
         let mut row = vec![layer.to_owned(), load.to_owned()];

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 
 use crate::goals::{BURST, with};
 use crate::layer::{Disk, Kind, Place, create_qcow2, qemu_img};
+use crate::options::Options;
 use crate::process::{Running, go_on};
 use crate::runner::Bench;
 use crate::subject::{Serve, Subject};
@@ -27,16 +28,23 @@ const MEASURES: &[(&str, Measure)] = &[
     ("instructions", instructions::measure),
 ];
 
+/// Whether all that are asked for are there.
+///
+/// # Errors
+/// The first that is not.
+pub fn check(options: &Options) -> Result<(), String> {
+    let is_known = |name: &str| name == "none" || MEASURES.iter().any(|(known, _)| *known == name);
+    match options.specials.iter().find(|name| !is_known(name)) {
+        Some(name) => Err(format!("unknown special measure {name}")),
+        None => Ok(()),
+    }
+}
+
 /// Runs those that are wanted.
 ///
 /// # Errors
-/// When a name is unknown, or this program was asked to end; what else goes wrong is in the failures.
+/// Only when this program was asked to end; what else goes wrong is in the failures.
 pub fn run(bench: &mut Bench) -> Result<(), String> {
-    for name in &bench.options.specials {
-        if name != "none" && !MEASURES.iter().any(|(known, _)| known == name) {
-            return Err(format!("unknown special measure {name}"));
-        }
-    }
     for (name, measure) in MEASURES {
         go_on()?;
         if !bench.options.wants_special(name) {

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use crate::layer::{Disk, Kind, Layer};
-use crate::options::Options;
+use crate::options::{OURS, Options};
 
 /// How long the peer's event loop polls, in nanoseconds: what QEMU's own iothreads do by default.
 const QSD_POLL_NS: u64 = 32_768;
@@ -70,7 +70,7 @@ pub fn all(options: &Options, built: &Path) -> (Vec<Subject>, Vec<(String, Strin
         what,
     };
     if options.binary.is_empty() {
-        subjects.push(subject("virtioblkd", What::Ours(built.join("virtioblkd"))));
+        subjects.push(subject(OURS, What::Ours(built.join("virtioblkd"))));
     }
     for binary in &options.binary {
         subjects.push(subject(&binary.name, What::Ours(binary.path.clone())));

@@ -5,6 +5,7 @@ use std::process::{Command, ExitCode};
 
 use clap::Parser;
 use virtioblkd_bench::goals;
+use virtioblkd_bench::layer::Layer;
 use virtioblkd_bench::options::Options;
 use virtioblkd_bench::process;
 use virtioblkd_bench::record::Records;
@@ -29,6 +30,9 @@ fn main() -> ExitCode {
 
 /// Runs what was asked for; whether all of it went well.
 fn run(options: Options) -> Result<bool, String> {
+    let has_cpu = |cpu| Path::new(&format!("/sys/devices/system/cpu/cpu{cpu}")).exists();
+    options.check(has_cpu, machine::cpus())?;
+    special::check(&options)?;
     let here = std::env::current_exe().map_err(|error| error.to_string())?;
     let built = here.parent().ok_or("this program is in no directory")?;
     let target = built.parent().unwrap_or(built).join("bench");
@@ -48,6 +52,12 @@ fn run(options: Options) -> Result<bool, String> {
         None => None,
     };
     let layers = load::layers(&options)?;
+    let cpus = options.backend_cpus(machine::cpus()).len();
+    let nothing = |layer: &Layer| load::of(*layer, &options, cpus).is_empty();
+    if !options.layers.is_empty() && !layers.is_empty() && layers.iter().all(nothing) {
+        let (layers, loads) = (options.layers.join(","), &options.loads);
+        return Err(format!("no load of {layers} matches: --loads {loads}"));
+    }
     let subjects = subject::all(&options, built);
 
     let mut bench = Bench::new(options, subjects, built, &disk, &out)?;
