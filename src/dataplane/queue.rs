@@ -5,8 +5,10 @@
 //! is named by what the ring popped: in a split ring the head descriptor of the request it runs. A driver that
 //! makes a head available again before its request has ended breaks the ring.
 
+mod ending;
+mod files;
+
 use std::cell::{Cell, RefCell};
-use std::fs::File;
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -19,12 +21,12 @@ use log::{error, info, warn};
 use super::device::DeviceShared;
 use super::dirty::{MarkError, Marks};
 use super::mailbox::{RingFile, RingKey, Start};
-use super::notifier::{Notifier, take_kicks};
+use super::notifier::Notifier;
 use super::stats::RingStats;
 use crate::block::{self, ActiveDisk};
 use crate::kill_point::kill_point;
 use crate::mappings;
-use crate::reactor::{INLINE_SHARE, Io, IoFile, Sg, TaskId};
+use crate::reactor::{INLINE_SHARE, Io, Sg, TaskId};
 use crate::virtio::blk::request::{self, Command, Outcome, Parsed, Reply, Status};
 use crate::virtio::dirty::DirtyLog;
 use crate::virtio::memory::GuestMemory;
@@ -172,29 +174,6 @@ impl Queue {
     fn mark_notification(&self) {
         if self.marks.are_on() {
             self.marked(self.marks.notification());
-        }
-    }
-
-    pub(super) fn set_file(self: &Rc<Self>, which: RingFile, file: Option<File>) {
-        match which {
-            RingFile::Kick => {
-                if let Some(task) = self.kick.take() {
-                    self.io.remove(task);
-                }
-                self.polled.set(file.is_none());
-                if let Some(file) = file {
-                    let kick = IoFile::without_slot(file);
-                    let watch = watch_kicks(self.io.clone(), kick, self.stats.clone());
-                    self.kick.replace(Some(self.io.spawn(watch)));
-                }
-            }
-            RingFile::Call => {
-                self.call.replace(file.map(Notifier::new));
-                self.interrupt();
-            }
-            RingFile::Err => {
-                self.err.replace(file.map(Notifier::new));
-            }
         }
     }
 
@@ -453,38 +432,6 @@ impl Queue {
         anything
     }
 
-    fn interrupt(&self) {
-        if let Some(call) = self.call.borrow().as_ref() {
-            self.stats.interrupts.count();
-            match call.signal() {
-                // Full: it has been signalled and not taken, so the driver will look.
-                Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => {
-                    self.complain(&format_args!("call file: {error}"));
-                }
-                _ => {}
-            }
-        }
-    }
-
-    /// Asks the driver to notify us. Returns true if requests are waiting already.
-    pub(super) fn before_sleep(&self) -> bool {
-        if !self.fetches() || self.polled.get() {
-            return false;
-        }
-        let waiting = self.ring.borrow_mut().enable_notification();
-        self.mark_notification();
-        waiting
-    }
-
-    /// Asks the driver not to notify us.
-    pub(super) fn after_sleep(&self, slept: bool) {
-        self.stats.sleeps.add(u64::from(slept));
-        if self.fetches() {
-            self.ring.borrow_mut().disable_notification();
-            self.mark_notification();
-        }
-    }
-
     /// The ring can not be trusted any more: it is not looked at again, and the VMM is told.
     #[cold]
     fn break_ring(&self, why: &dyn std::fmt::Display) {
@@ -516,72 +463,6 @@ impl Queue {
             );
         }
     }
-
-    /// Begins to stop: nothing more is fetched. The answer goes out when all has ended.
-    pub(super) fn stop(&self, reply: SyncSender<Option<u32>>) {
-        self.stopping.replace(Some(reply));
-    }
-
-    /// Begins to stop at once: nothing more is fetched, and what is under way is given up. It is neither completed
-    /// nor taken out of the inflight region, so whoever serves the ring next does it again. The answer goes out when
-    /// the kernel has let go of the guest's memory.
-    ///
-    /// A request that is dropped half-way leaves the image as a failed one does: claims, records and new clusters
-    /// are guards.
-    pub(super) fn suspend(&self, reply: SyncSender<Option<u32>>) {
-        self.stopping.replace(Some(reply));
-        self.suspended.set(true);
-        for slot in self.slots.borrow().iter().flatten() {
-            if let Some(task) = slot.task.get().filter(|_| slot.busy.get()) {
-                self.io.hold(task);
-            }
-        }
-        kill_point!("suspended");
-    }
-
-    /// True if nothing that was given up is under way any more.
-    #[cold]
-    fn is_quiet(&self) -> bool {
-        let slots = self.slots.borrow();
-        let mut busy = slots.iter().flatten().filter(|slot| slot.busy.get());
-        busy.all(|slot| slot.task.get().is_none_or(|task| self.io.is_quiet(task)))
-    }
-
-    /// True while requests are under way.
-    #[inline]
-    pub(super) fn has_requests(&self) -> bool {
-        self.in_flight.get() > 0
-    }
-
-    /// True once a stop was asked for and nothing is under way.
-    pub(super) fn is_stopped(&self) -> bool {
-        let done = || self.in_flight.get() == 0 && !self.finishes_backlog();
-        self.stopping.borrow().is_some() && (done() || (self.suspended.get() && self.is_quiet()))
-    }
-
-    /// Lets everything go and answers the stop. The last thing that happens to a queue.
-    pub(super) fn end(&self) {
-        self.publish();
-        // A successor must be notified, whatever we asked for last.
-        if !self.broken.get() {
-            self.ring.borrow_mut().enable_notification();
-            self.mark_notification();
-        }
-        if let Some(task) = self.kick.take() {
-            self.io.remove(task);
-        }
-        for slot in self.slots.take().into_iter().flatten() {
-            if let Some(task) = slot.task.take() {
-                self.io.remove(task);
-            }
-        }
-    }
-
-    /// What the stop is answered with, and to whom.
-    pub(super) fn take_stop(&self) -> Option<(SyncSender<Option<u32>>, u32)> {
-        let reply = self.stopping.take()?;
-        Some((reply, self.ring.borrow().base()))
-    }
 }
 
 /// The life of a slot.
@@ -603,29 +484,6 @@ async fn serve(queue: Rc<Queue>, slot: Rc<Slot>, head: u16) {
             queue.forget();
         } else {
             queue.finish(head, written);
-        }
-    }
-}
-
-/// Takes the driver's notifications: each wakes the worker, which then looks at the ring.
-async fn watch_kicks(io: Io, kick: IoFile, stats: Arc<RingStats>) {
-    loop {
-        match io.readable(&kick).await {
-            Ok(events) if events & libc::POLLIN as u32 != 0 => match take_kicks(kick.get()) {
-                Ok(0) => break,
-                Ok(_) => stats.kicks.count(),
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-                Err(error) => {
-                    warn!("kick file: {error}; the ring is no longer notified");
-                    break;
-                }
-            },
-            // Hung up: a pipe whose other end is gone.
-            Ok(_) => break,
-            Err(error) => {
-                warn!("kick file: {error}; the ring is no longer notified");
-                break;
-            }
         }
     }
 }
