@@ -58,8 +58,18 @@ const SIZE: u64 = 16 << 20;
 const DEPTH: usize = 32;
 const ROUNDS: usize = 20;
 
-/// Reads and writes 4 to 32 KiB anywhere, with `DEPTH` requests in flight; a flush now and then.
-fn load(device: &mut Device, requests: u64, flushes: bool) {
+/// What a guest does, with `DEPTH` requests in flight.
+#[derive(Clone, Copy, PartialEq)]
+enum Load {
+    /// Reads and writes 4 to 32 KiB anywhere, and flushes now and then.
+    Random,
+    /// The same without flushes.
+    RandomUnflushed,
+    /// Writes 4 KiB behind each other, and reads them behind each other: many become one transfer.
+    Sequential,
+}
+
+fn load(device: &mut Device, requests: u64, load: Load) {
     let timeout = SOON;
     let mut seed = 1u64;
     let mut sent = 0;
@@ -76,7 +86,14 @@ fn load(device: &mut Device, requests: u64, flushes: bool) {
             let sector = (seed >> 20) % ((SIZE - len) / 4096) * 8;
             let len = len as u32;
             let op = match seed >> 40 & 63 {
-                0 if flushes => Op::Flush,
+                _ if load == Load::Sequential => {
+                    let sector = sent * 8 % (SIZE / 512);
+                    match sent * 4096 / SIZE % 2 {
+                        0 => Op::WriteInPlace { sector, len: 4096 },
+                        _ => Op::Read { sector, len: 4096 },
+                    }
+                }
+                0 if load == Load::Random => Op::Flush,
                 n if n % 2 == 0 => Op::Read { sector, len },
                 _ => Op::WriteInPlace { sector, len },
             };
@@ -92,7 +109,7 @@ fn load(device: &mut Device, requests: u64, flushes: bool) {
 }
 
 /// The least that a round of 20,000 requests allocates.
-fn allocations(dir: &TempDir, file: &str, format: &str, flushes: bool) -> u64 {
+fn allocations(dir: &TempDir, file: &str, format: &str, what: Load) -> u64 {
     let socket = dir.join("socket");
     let args = [
         "virtioblkd",
@@ -119,7 +136,7 @@ fn allocations(dir: &TempDir, file: &str, format: &str, flushes: bool) -> u64 {
     let mut least = u64::MAX;
     for _ in 0..ROUNDS {
         let before = ALLOCATIONS.load(Ordering::SeqCst);
-        load(&mut device, 20_000, flushes);
+        load(&mut device, 20_000, what);
         let made = ALLOCATIONS.load(Ordering::SeqCst) - before;
         least = least.min(made);
         if least == 0 {
@@ -145,17 +162,23 @@ fn a_request_in_the_steady_state_allocates_nothing() {
     GUEST.with(|guest| guest.set(true));
     let dir = TempDir::new();
 
-    let null = allocations(&dir, "null:16M", "raw", true);
+    let null = allocations(&dir, "null:16M", "raw", Load::Random);
     assert_eq!(null, 0, "null");
 
     let raw = dir.join("raw");
     std::fs::write(&raw, vec![1; SIZE as usize]).unwrap();
-    let raw = allocations(&dir, raw.to_str().unwrap(), "raw", true);
+    let file = raw.to_str().unwrap();
+    let raw = allocations(&dir, file, "raw", Load::Random);
     assert_eq!(raw, 0, "a raw file");
+    let raw = allocations(&dir, file, "raw", Load::Sequential);
+    assert_eq!(raw, 0, "a raw file, sequentially");
 
     let qcow2 = dir.join("qcow2");
     qemu::create(&qcow2, "qcow2", SIZE, "");
     // The warm-up allocates every cluster; what follows is overwritten in place.
-    let qcow2 = allocations(&dir, qcow2.to_str().unwrap(), "qcow2", false);
+    let file = qcow2.to_str().unwrap();
+    let qcow2 = allocations(&dir, file, "qcow2", Load::RandomUnflushed);
     assert_eq!(qcow2, 0, "a qcow2 image");
+    let qcow2 = allocations(&dir, file, "qcow2", Load::Sequential);
+    assert_eq!(qcow2, 0, "a qcow2 image, sequentially");
 }

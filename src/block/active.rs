@@ -113,6 +113,22 @@ impl ActiveDisk {
         }
     }
 
+    /// One whose bytes are those of a simulated storage.
+    #[cfg(test)]
+    pub(crate) fn made(storage: &Arc<Storage>) -> Arc<Self> {
+        let size = storage.len();
+        let raw = Layer::Raw(super::layer::Raw::new(storage.clone(), size));
+        let source = super::spec::Source::Null { size };
+        let spec = DiskSpec::new(source, super::spec::Format::Raw);
+        Arc::new(Self::new(
+            vec![raw],
+            Vec::new(),
+            Locks::default(),
+            size,
+            &spec,
+        ))
+    }
+
     /// Bytes of the disk, whole sectors.
     pub fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
@@ -121,6 +137,11 @@ impl ActiveDisk {
     /// True if writes are refused.
     pub fn read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// Whether one transfer is cheaper than several that make it up: not where none reaches a device.
+    pub(crate) fn merging_pays(&self) -> bool {
+        !matches!(self.layers[0].data(), Storage::Null(_))
     }
 
     /// To be called on each worker that will serve requests of this disk, before the first one: its ring holds

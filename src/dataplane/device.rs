@@ -61,6 +61,19 @@ pub(super) struct DeviceShared {
 }
 
 impl DeviceShared {
+    /// Of a device that only a test has.
+    #[cfg(test)]
+    pub(super) fn made(limits: DeviceLimits) -> Arc<Self> {
+        Arc::new(Self {
+            name: "test".to_owned(),
+            limits,
+            capacity_bytes: AtomicU64::new(limits.capacity_bytes),
+            id: DeviceId::default(),
+            write_through: AtomicBool::new(false),
+            complaints: AtomicU64::new(0),
+        })
+    }
+
     /// What a request is checked against.
     #[inline]
     pub(super) fn limits(&self) -> DeviceLimits {

@@ -7,12 +7,14 @@
 //! - [`worker`]: the loop: fetch, start, turn the reactor, publish; sleep when there is nothing to do.
 //! - [`queue`]: one ring with its request slots; a request is a future in the slot of its head
 //!   descriptor, allocated once.
+//! - [`gather`]: neighbouring requests of a batch that become one transfer.
 //! - [`poll`]: how long an idle worker spins before it sleeps.
 //! - [`device`]: a virtio-blk device as the control plane sees it; takes the image when its first ring
 //!   starts, and gives it back when the last one has stopped.
 
 pub mod device;
 mod dirty;
+mod gather;
 mod mailbox;
 mod notifier;
 pub mod poll;

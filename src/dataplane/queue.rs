@@ -7,6 +7,7 @@
 
 mod ending;
 mod files;
+mod gathered;
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -18,8 +19,10 @@ use std::task::Poll;
 
 use log::{error, info, warn};
 
+use self::gathered::NOBODY;
 use super::device::DeviceShared;
 use super::dirty::{MarkError, Marks};
+use super::gather::{Gather, Verdict};
 use super::mailbox::{RingFile, RingKey, Start};
 use super::notifier::Notifier;
 use super::stats::RingStats;
@@ -61,6 +64,7 @@ pub(super) struct Queue {
     /// What is under way is given up.
     suspended: Cell<bool>,
     marks: Marks,
+    gather: Gather,
     stats: Arc<RingStats>,
 }
 
@@ -69,9 +73,16 @@ pub(super) struct Queue {
 struct Snapshot(Arc<GuestMemory>);
 
 struct Slot {
+    head: u16,
     task: Cell<Option<TaskId>>,
     started: Cell<bool>,
     busy: Cell<bool>,
+    /// For a request that waits in a gather.
+    verdict: Cell<Option<Verdict>>,
+    /// The next one in its gather.
+    next_member: Cell<u16>,
+    /// Where the data of the request itself end, of one that leads.
+    own_end: Cell<u32>,
 }
 
 impl Slot {
@@ -108,6 +119,7 @@ impl Queue {
             slots: RefCell::new(vec![None; usize::from(ring.size())]),
             ring: RefCell::new(ring),
             memory: RefCell::new(Rc::new(Snapshot(start.memory))),
+            gather: Gather::new(start.disk.merging_pays()),
             disk: start.disk,
             device: start.device,
             features: start.features,
@@ -239,6 +251,10 @@ impl Queue {
                 break;
             }
         }
+        // Nothing more is at hand.
+        if self.gather.is_open() {
+            self.close_gather();
+        }
         if fetched > 0 {
             self.stats.requests.add(u64::from(fetched));
         }
@@ -264,11 +280,15 @@ impl Queue {
     #[cold]
     fn new_slot(self: &Rc<Self>, head: u16) -> Rc<Slot> {
         let slot = Rc::new(Slot {
+            head,
             task: Cell::new(None),
             started: Cell::new(false),
             busy: Cell::new(false),
+            verdict: Cell::new(None),
+            next_member: Cell::new(NOBODY),
+            own_end: Cell::new(0),
         });
-        let task = self.io.spawn(serve(self.clone(), slot.clone(), head));
+        let task = self.io.spawn(serve(self.clone(), slot.clone()));
         slot.task.set(Some(task));
         self.slots.borrow_mut()[usize::from(head)] = Some(slot.clone());
         slot
@@ -281,7 +301,8 @@ impl Queue {
 
     /// Runs one request; returns how many bytes were written to the guest.
     #[inline]
-    async fn run(&self, memory: &GuestMemory, head: u16, chain: &mut ChainBuf) -> u32 {
+    async fn run(&self, memory: &GuestMemory, slot: &Slot, chain: &mut ChainBuf) -> u32 {
+        let head = slot.head;
         let collected = self.ring.borrow().read_chain(memory, head, chain);
         if let Err(error) = collected {
             self.complain(&format_args!("descriptor chain {head}: {error}"));
@@ -290,11 +311,37 @@ impl Queue {
         match request::parse(chain, &self.device.limits(), self.features) {
             // What was parsed may be zeros in place of the driver's words.
             Outcome::Execute(_) if self.lost(memory) => 0,
-            Outcome::Execute(parsed) => {
-                let status = self.execute(&parsed, chain).await;
-                if status != Status::Ok {
-                    self.stats.errors.count();
-                }
+            Outcome::Execute(mut parsed) => {
+                let status = 'status: {
+                    if self.gather.follows(&parsed.command) {
+                        if self.gather(slot, memory, &parsed, chain) {
+                            let made = self.verdict(slot, &mut parsed, chain).await;
+                            // As above: time has passed.
+                            if self.lost(memory) {
+                                self.part(slot, &mut parsed, chain, false);
+                                return 0;
+                            }
+                            if made {
+                                break 'status Status::Ok;
+                            }
+                        }
+                    } else if self.gather.is_open() {
+                        self.close_gather();
+                    }
+                    loop {
+                        let done = self.execute(&parsed, chain).await;
+                        if slot.leads() {
+                            self.part(slot, &mut parsed, chain, done.is_ok());
+                            if done.is_err() && !self.lost(memory) {
+                                continue;
+                            }
+                        }
+                        break match done {
+                            Ok(()) => Status::Ok,
+                            Err(error) => self.failed(&error),
+                        };
+                    }
+                };
                 let written = parsed.finish(status);
                 self.mark_request(memory, chain, &parsed.reply);
                 written
@@ -313,12 +360,12 @@ impl Queue {
     }
 
     #[inline]
-    async fn execute(&self, parsed: &Parsed, chain: &ChainBuf) -> Status {
+    async fn execute(&self, parsed: &Parsed, chain: &ChainBuf) -> block::Result<()> {
         // SAFETY: the buffers lie in guest memory, which the caller keeps mapped until the request ends,
-        // and to which no Rust reference exists.
+        // and to which no Rust reference exists. Those of a gather's members are in the same memory.
         let data = unsafe { Sg::new(parsed.data(chain)) };
         let io = &self.io;
-        let done = match parsed.command {
+        match parsed.command {
             Command::Read { offset, .. } => self.disk.read(io, offset, data).await,
             Command::Write { offset, .. } => match self.disk.write(io, offset, data).await {
                 Ok(()) => self.write_through().await,
@@ -330,39 +377,28 @@ impl Queue {
                 Ok(())
             }
             Command::Discard => {
-                let mut done = Ok(());
                 for segment in parsed.segments(chain) {
-                    done = self.disk.discard(io, segment.offset, segment.len).await;
-                    if done.is_err() {
-                        break;
-                    }
+                    self.disk.discard(io, segment.offset, segment.len).await?;
                 }
-                done
+                Ok(())
             }
             Command::WriteZeroes => {
-                let mut done = Ok(());
                 for s in parsed.segments(chain) {
-                    done = self.disk.write_zeroes(io, s.offset, s.len, s.unmap).await;
-                    if done.is_err() {
-                        break;
-                    }
+                    self.disk.write_zeroes(io, s.offset, s.len, s.unmap).await?;
                 }
-                match done {
-                    Ok(()) => self.write_through().await,
-                    error => error,
-                }
+                self.write_through().await
             }
-        };
-        match done {
-            Ok(()) => Status::Ok,
-            Err(error) => {
-                self.complain(&error);
-                if error.kind() == block::ErrorKind::Unsupported {
-                    Status::Unsupp
-                } else {
-                    Status::IoErr
-                }
-            }
+        }
+    }
+
+    /// Says so, and what the driver is told.
+    #[cold]
+    fn failed(&self, error: &block::Error) -> Status {
+        self.stats.errors.count();
+        self.complain(error);
+        match error.kind() {
+            block::ErrorKind::Unsupported => Status::Unsupp,
+            _ => Status::IoErr,
         }
     }
 
@@ -466,7 +502,7 @@ impl Queue {
 }
 
 /// The life of a slot.
-async fn serve(queue: Rc<Queue>, slot: Rc<Slot>, head: u16) {
+async fn serve(queue: Rc<Queue>, slot: Rc<Slot>) {
     let mut chain = ChainBuf::with_capacity(SLOT_BUFFERS);
     loop {
         poll_fn(|_| {
@@ -478,12 +514,12 @@ async fn serve(queue: Rc<Queue>, slot: Rc<Slot>, head: u16) {
         })
         .await;
         let memory = queue.memory.borrow().clone();
-        let written = queue.run(&memory.0, head, &mut chain).await;
+        let written = queue.run(&memory.0, &slot, &mut chain).await;
         slot.busy.set(false);
         if queue.lost(&memory.0) {
             queue.forget();
         } else {
-            queue.finish(head, written);
+            queue.finish(slot.head, written);
         }
     }
 }

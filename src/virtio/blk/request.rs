@@ -137,6 +137,28 @@ impl Parsed {
             .unwrap_or_default()
     }
 
+    /// Whether pieces of memory can be put behind the data: nothing else is there.
+    pub fn may_grow(&self, chain: &ChainBuf) -> bool {
+        let moves = matches!(self.command, Command::Read { .. } | Command::Write { .. });
+        moves && self.data.1 as usize == chain.iovecs.len()
+    }
+
+    /// Puts pieces behind the data, that are to be moved with them: only where they [may grow](Parsed::may_grow). They
+    /// are guest memory of the same snapshot. Returns where the data ended, for [`Parsed::shrink`]. What was asked for,
+    /// [`Parsed::command`], stays as it is.
+    pub fn grow(&mut self, chain: &mut ChainBuf, pieces: &[iovec]) -> u32 {
+        let end = self.data.1;
+        chain.iovecs.extend_from_slice(pieces);
+        self.data.1 = chain.iovecs.len() as u32;
+        end
+    }
+
+    /// Takes away what is behind `end`.
+    pub fn shrink(&mut self, chain: &mut ChainBuf, end: u32) {
+        chain.iovecs.truncate(end as usize);
+        self.data.1 = end;
+    }
+
     /// The ranges of a discard or write-zeroes. They were copied out of guest memory and checked
     /// before the first of them is handed out; ranges of no sectors are left out.
     #[inline]
