@@ -260,7 +260,7 @@ impl ActiveDisk {
         let len = from.len() as u64;
         self.check_change(offset, len)?;
         let (top, below) = self.top();
-        match top.in_place(offset, len) {
+        match top.in_place(io, offset, len) {
             Some(at) => top.data().write(io, at, from).await?,
             None => top.write(io, below, offset, from).await?,
         }

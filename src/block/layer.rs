@@ -167,15 +167,16 @@ impl Layer {
         }
     }
 
-    /// Where in [`Layer::data`] all of a write goes, if that is all there is to it. None: it is [`Layer::write`]'s.
+    /// Where in [`Layer::data`] all of a write goes, if that is all there is to it any more: then it must follow.
+    /// None: it is [`Layer::write`]'s.
     #[inline]
-    pub(super) fn in_place(&self, offset: u64, len: u64) -> Option<u64> {
+    pub(super) fn in_place(&self, io: &Io, offset: u64, len: u64) -> Option<u64> {
         if len == 0 || offset.checked_add(len)? > self.size() {
             return None;
         }
         match self {
             Self::Raw(_) => Some(offset),
-            Self::Qcow2(image) => Some(image.in_place(offset, len)?.0),
+            Self::Qcow2(image) => Some(image.in_place(io, offset, len)?.0),
             #[cfg(test)]
             Self::Made(_) => None,
         }

@@ -205,11 +205,8 @@ impl Allocator {
             ));
         };
         loop {
-            if let Some(stock) = arena.take(want.max(1)) {
-                if arena.is_low() {
-                    self.start_refill(io, worker);
-                }
-                return Ok(Fresh::new(self, arena, stock));
+            if let Some(fresh) = self.allocate_at_once(io, want) {
+                return Ok(fresh);
             }
             let rounds = arena.rounds();
             self.start_refill(io, worker);
@@ -218,6 +215,18 @@ impl Allocator {
                 _ => {}
             }
         }
+    }
+
+    /// As [`Allocator::allocate`], where the arena has something.
+    #[inline]
+    pub(super) fn allocate_at_once(self: &Arc<Self>, io: &Io, want: u64) -> Option<Fresh<'_>> {
+        let worker = io.worker();
+        let arena = self.arenas.get(worker)?;
+        let stock = arena.take(want.max(1))?;
+        if arena.is_low() {
+            self.start_refill(io, worker);
+        }
+        Some(Fresh::new(self, arena, stock))
     }
 
     #[cold]

@@ -142,13 +142,23 @@ impl Qcow2 {
         let Some(journal) = self.journal.get() else {
             return Ok(Room::none());
         };
-        if journal.is_marked() {
-            if let Ask::Room(room) = journal.ask(want, None) {
-                return Ok(room);
-            }
+        if let Some(room) = self.log_room_at_once(want) {
+            return Ok(room);
         }
         // Boxed: rare, and not to make every write's future larger.
         Box::pin(self.wait_for_room(io, journal, want)).await
+    }
+
+    /// As [`Qcow2::log_room`], where nothing has to be waited for.
+    #[inline]
+    pub(super) fn log_room_at_once(&self, want: u64) -> Option<Room<'_>> {
+        let Some(journal) = self.journal.get() else {
+            return Some(Room::none());
+        };
+        match journal.is_marked().then(|| journal.ask(want, None))? {
+            Ask::Room(room) => Some(room),
+            Ask::WriteBack | Ask::Wait => None,
+        }
     }
 
     /// As [`Qcow2::log_room`], for who can do without: none if there is no room now.

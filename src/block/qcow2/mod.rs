@@ -7,7 +7,7 @@
 //! | [`units`], [`header`], `entry` | the format's numbers, header and table entries |
 //! | `code`, `slice`, `marks`, `room`, `l1`, `tables` | the L1 table and the cache of L2 slices: lock-free to look at |
 //! | `map`, `compressed`, `inflated` | reading: from the guest's offset to where its bytes are |
-//! | `claim`, `target`, `write`, `discard` | changing: one claimed run of clusters after another |
+//! | `claim`, `target`, `write`, `first`, `discard` | changing: one claimed run of clusters after another |
 //! | `cow`, `record`, `fill` | copy-on-write, put off until it must be done |
 //! | `copied` | copy-on-read: what a hole shows becomes the image's own |
 //! | `extended` | reading and changing images whose clusters have subclusters |
@@ -42,6 +42,7 @@ mod encrypted;
 mod entry;
 mod extended;
 mod fill;
+mod first;
 mod flush;
 mod freed;
 mod fresh;

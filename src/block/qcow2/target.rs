@@ -25,15 +25,23 @@ pub(super) enum Target {
 }
 
 impl Qcow2 {
-    /// Where in [`Qcow2::data`] all of a write goes that has nothing to do but that: in one piece, to clusters that are
-    /// the image's alone, with no bitmap to note it in. None: it is [`Qcow2::write`]'s. The range is inside the disk.
+    /// Where in [`Qcow2::data`] all of a write goes that has nothing else to do any more: in one piece, to clusters that
+    /// are the image's alone, with no bitmap to note it in. A cluster that showed zeros may have become such a one by
+    /// this, and the write must follow. None: it is [`Qcow2::write`]'s. The range is inside the disk.
     #[inline]
-    pub(in crate::block) fn in_place(&self, offset: u64, len: u64) -> Option<HostOffset> {
+    pub(in crate::block) fn in_place(&self, io: &Io, offset: u64, len: u64) -> Option<HostOffset> {
         if self.bitmaps.is_some() || self.refuse_writes.load(Ordering::Relaxed) {
             return None;
         }
+        self.place_at_once(io, offset, len)
+    }
+
+    /// As [`Qcow2::in_place`], without a look at bitmaps and at whether writes are refused.
+    #[inline]
+    pub(super) fn place_at_once(&self, io: &Io, offset: u64, len: u64) -> Option<HostOffset> {
         match self.target(offset, len) {
             Target::InPlace { host, len: found } if found == len => Some(host),
+            Target::Claim => self.place_new(io, offset, len),
             _ => None,
         }
     }

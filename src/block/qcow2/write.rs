@@ -68,10 +68,8 @@ impl Qcow2 {
         self.check_writes()?;
         self.note_change(io, offset, from.len() as u64).await?;
         // The common case: the whole range lies in one piece, in clusters that are ours alone.
-        if let Target::InPlace { host, len } = self.target(offset, from.len() as u64) {
-            if len == from.len() as u64 {
-                return self.data.write(io, host.0, from).await;
-            }
+        if let Some(host) = self.place_at_once(io, offset, from.len() as u64) {
+            return self.data.write(io, host.0, from).await;
         }
         let mut window = Window::default();
         let written = self

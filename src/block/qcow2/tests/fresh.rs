@@ -282,3 +282,134 @@ fn space_on_its_way_out_of_limbo_is_waited_for_when_there_is_no_other() {
     assert_eq!(judge::Judge::new(&sim.image()).check(), 0);
     io.close();
 }
+
+/// What must not change where a write is not placed at once.
+fn state(image: &Qcow2) -> (u64, usize, (u64, u64)) {
+    let journal = image.journal.get().map_or((0, 0), |it| it.used());
+    let in_arena = image.allocator().expect("allocator").in_arena(0);
+    (in_arena, image.tables.dirty().0, journal)
+}
+
+#[test]
+fn a_first_write_to_zeros_is_placed_by_a_plain_call_and_noted_before_it_is_seen() {
+    let images = Images::new();
+    images.create("a", "cluster_size=64k", 1 << 20);
+    images.create_over("b", "cluster_size=64k", "a", "qcow2", 1 << 20);
+    images.qemu_io("b", &["write -z -u 64k 64k", "write 0 64k"]);
+    for (name, has_backing) in [("a", false), ("b", true)] {
+        let io = reactor();
+        let storage = sim(images.bytes(name), Sim::default());
+        let options = Options {
+            has_backing,
+            ..WRITE
+        };
+        io.block_on(async {
+            let below = Vec::new();
+            let image = open(&io, &storage, options).await.expect("open");
+            let memory = super::journal::memory(320 << 10);
+            image
+                .use_journal(&io, &below, memory)
+                .await
+                .expect("journal");
+            let mut buf = io.buf(4096);
+            // The table, the arena, and the mark that the journal is in use.
+            let first = image.write(&io, &below, 15 << 16, buf.sg());
+            first.await.expect("write");
+            image.flush(&io, &below).await.expect("flush");
+            let (in_arena, dirty, (used, promised)) = state(&image);
+            assert_eq!((dirty, used, promised), (0, 0, 0));
+
+            the_sim(&storage).take_events();
+            let host = image
+                .in_place(&io, (1 << 16) + 8192, 4096)
+                .expect("at once");
+            assert!(writes(the_sim(&storage).take_events()).is_empty());
+            assert_eq!(state(&image), (in_arena - 1, 1, (1, 0)), "{name}");
+            let mapped = image.map(&io, 1 << 16, 65536).await.expect("map");
+            let cluster = HostOffset(host.0 - 8192);
+            let whole = Extent::Data {
+                host: cluster,
+                len: 65536,
+            };
+            assert_eq!(mapped, whole, "{name}");
+            assert_eq!(image.in_place(&io, 1 << 16, 512), Some(cluster), "{name}");
+            buf.fill(7);
+            image
+                .data
+                .write(&io, host.0, buf.sg())
+                .await
+                .expect("write");
+            let mut back = io.buf(65536);
+            read(&io, &image, &below, 1 << 16, back.sg())
+                .await
+                .expect("read");
+            let of_guest = 8192..12288;
+            let is_right = |(at, byte): (usize, &u8)| *byte == 7 * u8::from(of_guest.contains(&at));
+            assert!(back.iter().enumerate().all(is_right), "{name}");
+            image.close(&io, &below).await.expect("close");
+        });
+        assert_eq!(judge::Judge::new(&the_sim(&storage).image()).check(), 0);
+        io.close();
+    }
+}
+
+#[test]
+fn a_first_write_that_needs_more_than_a_plain_call_changes_nothing_by_one() {
+    let images = Images::new();
+    images.create("a", "cluster_size=64k", 1 << 20);
+    images.create_over("b", "cluster_size=64k", "a", "qcow2", 1 << 20);
+    let io = reactor();
+    // Over a base; where new clusters read as anything; where somebody has claimed the cluster; over a border;
+    // of nothing; with a full journal; with an arena that is dry.
+    for case in [
+        "base", "no zeros", "claimed", "border", "empty", "journal", "arena",
+    ] {
+        let name = if case == "base" { "b" } else { "a" };
+        let config = Sim {
+            promises_zeros: case != "no zeros",
+            ..Sim::default()
+        };
+        let storage = sim(images.bytes(name), config);
+        let options = Options {
+            has_backing: case == "base",
+            ..WRITE
+        };
+        io.block_on(async {
+            let below = Vec::new();
+            let image = open(&io, &storage, options).await.expect("open");
+            let memory = super::journal::memory(320 << 10);
+            image
+                .use_journal(&io, &below, memory)
+                .await
+                .expect("journal");
+            let mut buf = io.buf(65536);
+            let first = image.write(&io, &below, 15 << 16, buf.sg());
+            first.await.expect("write");
+            let cluster = GuestCluster(1);
+            let (mut offset, mut len, mut claim, mut clusters) = (1 << 16, 4096, None, Vec::new());
+            match case {
+                "claimed" => claim = Some(image.tables.try_claim(cluster, 1, |_, _| true)),
+                "border" => offset += 65536 - 512,
+                "empty" => len = 0,
+                "journal" => image.journal.get().expect("journal").leave_only(1),
+                "arena" => {
+                    let alloc = image.allocator().expect("allocator");
+                    clusters.extend(alloc.allocate_at_once(&io, 1 << 20));
+                    while alloc.in_arena(0) > 0 {
+                        clusters.extend(alloc.allocate_at_once(&io, 1 << 20));
+                    }
+                }
+                _ => {}
+            }
+            let before = state(&image);
+            assert_eq!(image.in_place(&io, offset, len), None, "{case}");
+            assert_eq!(state(&image), before, "{case}");
+            drop((claim, clusters));
+            let part = buf.sg().slice(0, len as usize);
+            image.write(&io, &below, offset, part).await.expect(case);
+            image.close(&io, &below).await.expect("close");
+        });
+        assert_eq!(judge::Judge::new(&the_sim(&storage).image()).check(), 0);
+    }
+    io.close();
+}
