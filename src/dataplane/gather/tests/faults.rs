@@ -54,6 +54,10 @@ fn a_transfer_that_fails_once_is_made_request_by_request() {
             assert_eq!(rig.sim().operations() - operations, 2 + COUNT);
             assert_eq!(served.stats.errors.get(), 0);
             if kind == Kind::Write {
+                let mut alone: Vec<(u64, u64)> = (1..COUNT).map(|i| (64 + 4 * i, 4)).collect();
+                alone.insert(0, (64, 32));
+                alone.push((64, 4));
+                assert_eq!(rig.writes(), alone, "the leader is the last");
                 let range = (64 * KIB) as usize..(96 * KIB) as usize;
                 assert!(rig.sim().image()[range] == data_of(64 * KIB, 32 * KIB));
             }
