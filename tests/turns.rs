@@ -56,7 +56,7 @@ impl Rig {
             worker,
             device,
             queues: Vec::new(),
-            memory: memory,
+            memory,
         };
         for index in 0..2 {
             rig.add_ring(index, &mapped, features);

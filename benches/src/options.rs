@@ -165,13 +165,11 @@ impl Options {
                 backend.len()
             ));
         }
-        let files = self.binary.iter().map(|binary| ("--binary", &binary.path));
-        let files = files.chain(
-            self.instructions
-                .iter()
-                .map(|path| ("--instructions", path)),
-        );
-        for (option, path) in files.filter(|(_, path)| !path.is_file()) {
+        let instructions = self.instructions.iter();
+        let mut files = (self.binary.iter())
+            .map(|binary| ("--binary", &binary.path))
+            .chain(instructions.map(|path| ("--instructions", path)));
+        if let Some((option, path)) = files.find(|(_, path)| !path.is_file()) {
             return Err(format!("{option}: there is no file {}", path.display()));
         }
         for peer in &self.peer {

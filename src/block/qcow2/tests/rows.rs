@@ -107,7 +107,7 @@ fn reads_that_begin_and_end_anywhere_in_rows_find_what_is_there() {
             };
             let at = at.saturating_sub(512) & !511;
             let most = ((7 << 20) - at).min(3 * CLUSTER);
-            let len = (random(&mut state) % most | 511).min(most - 1) + 1;
+            let len = (1 + random(&mut state) % (most / 512)) * 512;
             let mut buf = io.buf(len as usize);
             read(io, image, &(), at, buf.sg()).await.expect("read");
             let want = &converted.model[at as usize..][..len as usize];
