@@ -5,6 +5,10 @@
 //! up to the limit would have covered, the window grows towards twice the mean gap; after a longer one it
 //! is halved, down to nothing. So a disk under load is polled, and an idle one costs no CPU.
 //!
+//! A sleep hides how long the gap would have been: its end is the wake's, which may take longer in a VM than the
+//! limit is. So a few long gaps in a row are needed until nothing is spun any more, and every eighth of those that
+//! may have been short is spun for up to the limit, to see.
+//!
 //! What is waited for is learned apart. A driver that finds us asleep pays for the wake with a
 //! notification, which is dear in a guest, so it is spun for up to the user's limit while nothing else is
 //! under way, and for a little after it was shown a completion, which it likes to answer with the next
@@ -62,6 +66,12 @@ const ANSWER_MAX: Duration = Duration::from_micros(10);
 /// What a sleep in the kernel and a wake by a completion cost, about.
 const STORAGE_MAX: Duration = Duration::from_micros(5);
 
+/// So many gaps in a row have to be longer than the limit until nothing is spun for any more.
+const PATIENCE: u32 = 4;
+/// Of gaps that may have been short, and were slept through, each so-manieth is spun for.
+const TRIAL: u32 = 8;
+/// The longest that a wake takes of which a short gap is thought.
+const WAKE_MAX: Duration = Duration::from_micros(150);
 /// A driver that was silent for this long, while we slept, made a pause.
 const PAUSE: Duration = Duration::from_millis(1);
 /// The part of a pause that may be spun after it.
@@ -97,6 +107,8 @@ struct Window {
     length: Duration,
     /// Mean gap between events of late, of those that the limit covers.
     mean_gap: Duration,
+    /// Gaps in a row that were longer than the limit.
+    misses: u32,
 }
 
 impl Poller {
@@ -168,17 +180,23 @@ impl Window {
             max,
             length: Duration::ZERO,
             mean_gap: Duration::ZERO,
+            misses: 0,
         }
     }
 
     fn learn(&mut self, gap: Duration) {
         if gap > self.max {
-            self.length /= 2;
-            if self.length < MIN_WINDOW {
-                self.length = Duration::ZERO;
-            }
+            self.misses = self.misses.wrapping_add(1);
+            self.length = if self.misses < PATIENCE {
+                (self.length / 2).max(self.length.min(MIN_WINDOW))
+            } else if self.misses % TRIAL == 0 && gap < self.max + WAKE_MAX {
+                self.max
+            } else {
+                Duration::ZERO
+            };
             return;
         }
+        self.misses = 0;
         self.mean_gap = if self.mean_gap.is_zero() {
             gap
         } else {
@@ -340,5 +358,43 @@ mod tests {
             storage(&mut poller, &mut clock, Duration::from_micros(100));
         }
         assert_eq!(poller.burst.left, Duration::ZERO);
+    }
+
+    /// A driver that answers after `gap`, and a wake that takes `wake`. Returns whether the worker slept.
+    fn answer(poller: &mut Poller, clock: &mut Instant, gap: Duration, wake: Duration) -> bool {
+        poller.idle(*clock, Waiting::Driver);
+        let sleeps = poller.idle(*clock + gap, Waiting::Driver) == Idle::Sleep;
+        *clock += if sleeps { gap + wake } else { gap };
+        poller.busy(|| *clock);
+        sleeps
+    }
+
+    #[test]
+    fn a_wake_that_takes_longer_than_the_limit_does_not_hide_a_quick_driver() {
+        let mut poller = poller(PollMode::Adaptive);
+        let mut clock = Instant::now();
+        let (quick, wake) = (Duration::from_micros(2), MAX + Duration::from_micros(20));
+        let mut rounds = |count, gap| {
+            (0..count)
+                .filter(|_| answer(&mut poller, &mut clock, gap, wake))
+                .count()
+        };
+        assert_eq!(rounds(10, quick), 8, "found by the first trial");
+        assert_eq!(rounds(100, quick), 0);
+        // One that is late now and then costs one sleep each time.
+        for _ in 0..10 {
+            assert_eq!(rounds(1, MAX), 1);
+            assert_eq!(rounds(10, quick), 0);
+        }
+    }
+
+    #[test]
+    fn gaps_that_no_wake_explains_are_not_tried() {
+        let mut poller = poller(PollMode::Adaptive);
+        let mut clock = Instant::now();
+        for _ in 0..100 {
+            gap(&mut poller, &mut clock, MAX + WAKE_MAX);
+            assert_eq!(poller.driver.length, Duration::ZERO);
+        }
     }
 }
