@@ -88,6 +88,8 @@ pub(super) struct Poller {
     storage: Window,
     burst: Burst,
     idle_since: Option<(Instant, Waiting)>,
+    /// When that was still so. What ends it may be long work, which is no part of the gap.
+    idle_until: Instant,
     /// Whether we have slept since.
     slept: bool,
 }
@@ -120,6 +122,7 @@ impl Poller {
             storage: Window::new(config.max.min(STORAGE_MAX)),
             burst: Burst::default(),
             idle_since: None,
+            idle_until: Instant::now(),
             slept: false,
         }
     }
@@ -132,20 +135,27 @@ impl Poller {
         }
     }
 
-    /// The turn did something. `now` is asked for only at the end of an idle time.
+    /// The turn did something.
     #[inline]
-    pub(super) fn busy(&mut self, now: impl FnOnce() -> Instant) {
+    pub(super) fn busy(&mut self) {
         if let Some((since, waiting)) = self.idle_since.take() {
-            let gap = now().saturating_duration_since(since);
+            let gap = self.idle_until.saturating_duration_since(since);
             self.window(waiting).learn(gap);
             let slept = std::mem::take(&mut self.slept);
             self.burst.learn(gap, waiting, slept);
         }
     }
 
+    /// A sleep has ended.
+    pub(super) fn woke(&mut self, now: Instant) {
+        self.idle_until = now;
+        self.slept = true;
+    }
+
     /// The turn did nothing.
     pub(super) fn idle(&mut self, now: Instant, waiting: Waiting) -> Idle {
         let (since, waiting) = *self.idle_since.get_or_insert((now, waiting));
+        self.idle_until = now;
         let spin = match self.mode {
             PollMode::Always => true,
             PollMode::Never => false,
@@ -154,7 +164,6 @@ impl Poller {
                 gap < self.window(waiting).length || self.burst.spins(gap, waiting)
             }
         };
-        self.slept |= !spin;
         if spin { Idle::Spin } else { Idle::Sleep }
     }
 }
@@ -222,14 +231,22 @@ mod tests {
         Poller::new(PollConfig { mode, max: MAX })
     }
 
+    /// The event after an idle time of which the worker did `last` at the end.
+    fn end(poller: &mut Poller, now: Instant, last: Idle) -> Idle {
+        if last == Idle::Sleep {
+            poller.woke(now);
+        }
+        poller.busy();
+        last
+    }
+
     /// An idle time of `gap`, then an event. Returns what the worker did for most of it.
     fn gap(poller: &mut Poller, clock: &mut Instant, gap: Duration) -> Idle {
         poller.idle(*clock, Waiting::Driver);
         let just_before = *clock + gap.saturating_sub(Duration::from_nanos(1));
         let last = poller.idle(just_before, Waiting::Driver);
         *clock += gap;
-        poller.busy(|| *clock);
-        last
+        end(poller, *clock, last)
     }
 
     #[test]
@@ -284,8 +301,8 @@ mod tests {
             // The storage takes 20 us, and the driver comes back after 2.
             poller.idle(clock, Waiting::Storage);
             clock += Duration::from_micros(20);
-            assert_eq!(poller.idle(clock, Waiting::Storage), Idle::Sleep);
-            poller.busy(|| clock);
+            let last = poller.idle(clock, Waiting::Storage);
+            assert_eq!(end(&mut poller, clock, last), Idle::Sleep);
             gap(&mut poller, &mut clock, Duration::from_micros(2));
         }
         assert_eq!(
@@ -300,8 +317,7 @@ mod tests {
         let just_before = *clock + gap.saturating_sub(Duration::from_nanos(1));
         let last = poller.idle(just_before, Waiting::Storage);
         *clock += gap;
-        poller.busy(|| *clock);
-        last
+        end(poller, *clock, last)
     }
 
     #[test]
@@ -363,9 +379,10 @@ mod tests {
     /// A driver that answers after `gap`, and a wake that takes `wake`. Returns whether the worker slept.
     fn answer(poller: &mut Poller, clock: &mut Instant, gap: Duration, wake: Duration) -> bool {
         poller.idle(*clock, Waiting::Driver);
-        let sleeps = poller.idle(*clock + gap, Waiting::Driver) == Idle::Sleep;
+        let last = poller.idle(*clock + gap, Waiting::Driver);
+        let sleeps = last == Idle::Sleep;
         *clock += if sleeps { gap + wake } else { gap };
-        poller.busy(|| *clock);
+        end(poller, *clock, last);
         sleeps
     }
 
@@ -395,6 +412,24 @@ mod tests {
         for _ in 0..100 {
             gap(&mut poller, &mut clock, MAX + WAKE_MAX);
             assert_eq!(poller.driver.length, Duration::ZERO);
+        }
+    }
+
+    #[test]
+    fn the_work_that_ends_an_idle_time_is_no_part_of_it() {
+        let mut poller = poller(PollMode::Adaptive);
+        let mut clock = Instant::now();
+        for round in 0..10 {
+            let quick = Duration::from_micros(2);
+            poller.idle(clock, Waiting::Driver);
+            let last = poller.idle(clock + quick, Waiting::Driver);
+            assert_eq!(last == Idle::Spin, round > 0);
+            if last == Idle::Sleep {
+                poller.woke(clock + quick);
+            }
+            // What came takes longer than the limit.
+            clock += quick + MAX * 2;
+            poller.busy();
         }
     }
 }

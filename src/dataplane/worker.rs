@@ -189,7 +189,7 @@ impl Worker {
             self.let_stopped_go();
         }
         if busy {
-            self.poller.busy(Instant::now);
+            self.poller.busy();
             self.answer_due = published;
         }
         busy
@@ -218,12 +218,14 @@ impl Worker {
         let sleeps = !waiting && !self.mailbox.is_waiting();
         if sleeps {
             self.io.park(None);
+            self.poller.woke(Instant::now());
         }
         for queue in &self.queues {
             queue.after_sleep(sleeps);
             // A driver that woke us waits: its requests go before our own business with the kernel, such as
             // taking its notification and asking for the next one.
             if sleeps && queue.poll() {
+                self.poller.busy();
                 queue.publish();
             }
         }
@@ -337,7 +339,7 @@ impl Worker {
             }
         }
         // Whatever the commands changed, the rings are looked at before the next sleep.
-        self.poller.busy(Instant::now);
+        self.poller.busy();
     }
 
     /// All marks of what was completed before are in by now: they are set where a request completes. From here
