@@ -200,6 +200,11 @@ impl<'a> Driver<'a> {
         read_u16(self.mem, at)
     }
 
+    pub(crate) fn set_avail_event(&self, index: u16) {
+        let at = self.cfg.used_ring + 4 + 8 * u64::from(self.cfg.size);
+        write_u16(self.mem, at, index);
+    }
+
     pub(crate) fn used_flags(&self) -> u16 {
         read_u16(self.mem, self.cfg.used_ring)
     }

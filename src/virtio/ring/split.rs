@@ -328,11 +328,15 @@ impl SplitRing {
 
     /// Asks the driver not to notify, as far as it can be asked.
     ///
-    /// With `EVENT_IDX` there is no switch: `avail_event` is left where it is, and the driver
-    /// notifies only when it passes it, once in 65536 chains.
+    /// With `EVENT_IDX` there is no switch: the driver notifies when it passes `avail_event`, once in 65536 chains.
     #[inline]
     pub fn disable_notification(&mut self) {
-        if !self.cfg.event_idx {
+        if self.cfg.event_idx {
+            // Behind what was fetched: 65535 more chains can come without passing it. Left where it was when we asked,
+            // it would be passed by the next one if what woke us was something else.
+            let behind = self.next_avail.wrapping_sub(1);
+            self.avail_event().store(behind.to_le(), Ordering::Relaxed);
+        } else {
             let flags = VRING_USED_F_NO_NOTIFY as u16;
             self.used_field(0).store(flags.to_le(), Ordering::Relaxed);
         }

@@ -318,6 +318,28 @@ fn notifications_are_switched_by_the_event_with_event_idx() {
 }
 
 #[test]
+fn a_driver_that_was_asked_and_was_silent_does_not_notify_any_more() {
+    let mem = memory(&[(0, RAM)]);
+    for start in [0, 7, 65535] {
+        let driver = Driver::new(&mem, 0, 4, start).with_event_idx();
+        let mut ring = ring(&driver);
+        assert!(!ring.enable_notification());
+        let old = driver.avail_idx();
+        let notifies = |new| need_event(driver.avail_event(), new, old);
+        assert!(notifies(old.wrapping_add(1)), "it was asked");
+        ring.disable_notification();
+        assert!((1..=4).all(|count| !notifies(old.wrapping_add(count))));
+        // What it has made available before that was seen makes no difference.
+        driver.offer(1);
+        assert!((1..=3).all(|count| !need_event(
+            driver.avail_event(),
+            old.wrapping_add(1 + count),
+            old.wrapping_add(1)
+        )));
+    }
+}
+
+#[test]
 fn a_ring_survives_a_new_memory_table() {
     let mem = memory(&[(0, RAM)]);
     let driver = Driver::new(&mem, 0, 4, 65535);

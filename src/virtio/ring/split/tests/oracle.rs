@@ -240,6 +240,10 @@ fn random_completions_are_published_as_virtio_queue_publishes_them() {
                 0 => {
                     ring.disable_notification();
                     queue.disable_notification(&their_mem).unwrap();
+                    if event_idx {
+                        // Theirs leaves it where it was.
+                        twin.set_avail_event(driver.avail_event());
+                    }
                 }
                 1 => assert_eq!(
                     ring.enable_notification(),
