@@ -181,8 +181,9 @@ impl Load {
         self.model.check_all(device, step, &|| name.clone());
     }
 
-    /// Every command that changed blocks was a part of a request that was made, with that request's data.
-    /// `block` is the namespace's, in bytes. How many were executed more than once is returned.
+    /// Every command that changed blocks was a part of a request that was made, with that request's data, or of writes
+    /// that were made one behind the other. `block` is the namespace's, in bytes. How many were executed more than once
+    /// is returned.
     pub fn check_journal(&self, journal: &[Execution], block: usize) -> usize {
         let mut by_sector: Vec<Vec<u32>> = vec![Vec::new(); self.model.bytes.len() / SECTOR];
         for (index, change) in self.changes.iter().enumerate() {
@@ -190,7 +191,11 @@ impl Load {
                 by_sector[sector].push(index as u32);
             }
         }
-        let mut data: HashMap<u32, Vec<u8>> = HashMap::new();
+        let mut written = Written {
+            changes: &self.changes,
+            by_sector: &by_sector,
+            data: HashMap::new(),
+        };
         let mut seen: HashMap<(u8, u64, u64, u32), usize> = HashMap::new();
         let per = (block / SECTOR) as u64;
         for e in journal
@@ -202,15 +207,13 @@ impl Load {
             let within = |r: &Range<usize>| r.start <= range.start && range.end <= r.end;
             let made = by_sector[range.start].iter().any(|&index| {
                 let change = &self.changes[index as usize];
-                let Some(part) = change.ranges().find(within) else {
+                if e.opcode == WRITE {
+                    return written.by(index, range.clone(), 0, e.crc);
+                }
+                if !change.ranges().any(|part| within(&part)) {
                     return false;
-                };
+                }
                 match (e.opcode, change.kind) {
-                    (WRITE, Kind::Write) => {
-                        let data = data.entry(index).or_insert_with(|| change.data());
-                        let at = (range.start - part.start) * SECTOR;
-                        crc32c::crc32c(&data[at..at + range.len() * SECTOR]) == e.crc
-                    }
                     (WRITE_ZEROES, Kind::Zero) | (DATASET_MANAGEMENT, Kind::Discard) => true,
                     // A discard may be done by zeroes, and zeroes may be deallocated where that reads as zeros.
                     (WRITE_ZEROES, Kind::Discard) | (DATASET_MANAGEMENT, Kind::Zero) => true,
@@ -222,5 +225,47 @@ impl Load {
         }
         let writes = seen.iter().filter(|((opcode, ..), _)| *opcode == WRITE);
         writes.filter(|(_, times)| **times > 1).count()
+    }
+}
+
+/// Bytes of the longest write that requests are joined to.
+const MOST_JOINED: usize = 128 << 10;
+/// Requests that are joined were in flight together: no more changes than so many were made between them.
+const NEAR: u32 = 512;
+
+/// What writes may have come of the requests.
+struct Written<'a> {
+    changes: &'a [Pending],
+    /// Those that change each sector.
+    by_sector: &'a [Vec<u32>],
+    data: HashMap<u32, Vec<u8>>,
+}
+
+impl Written<'_> {
+    /// Whether a write of these sectors is what this request writes there and, where the request ends before them,
+    /// what others write that begin where it ends and were made after it. `crc` is that of what comes before.
+    fn by(&mut self, index: u32, range: Range<usize>, crc: u32, wanted: u32) -> bool {
+        let change = &self.changes[index as usize];
+        let own = change
+            .ranges()
+            .find(|own| own.contains(&range.start))
+            .filter(|_| change.kind == Kind::Write);
+        let Some(own) = own else { return false };
+        let data = self.data.entry(index).or_insert_with(|| change.data());
+        let end = own.end.min(range.end);
+        let at = (range.start - own.start) * SECTOR..(end - own.start) * SECTOR;
+        let crc = crc32c::crc32c_append(crc, &data[at]);
+        if end == range.end {
+            return crc == wanted;
+        }
+        let by_sector = self.by_sector;
+        let next = |next: &&u32| {
+            let starts_here = |own: Range<usize>| own.start == end;
+            (index + 1..index + NEAR).contains(*next)
+                && self.changes[**next as usize].ranges().any(starts_here)
+        };
+        let candidates: Vec<u32> = by_sector[end].iter().filter(next).copied().collect();
+        range.len() * SECTOR <= MOST_JOINED
+            && (candidates.into_iter()).any(|next| self.by(next, end..range.end, crc, wanted))
     }
 }
