@@ -39,6 +39,10 @@ use crate::virtio::ring::{ChainBuf, Ring, RingError};
 /// requests a handful. A slot grows to what its driver sends and stays so.
 const SLOT_BUFFERS: usize = 16;
 
+/// After so many requests of a batch those that have ended already are shown to the driver, which can work on them
+/// meanwhile.
+const SHARE: u16 = 8;
+
 /// A ring as its worker holds it.
 pub(super) struct Queue {
     pub(super) key: RingKey,
@@ -56,6 +60,8 @@ pub(super) struct Queue {
     call: RefCell<Option<Notifier>>,
     err: RefCell<Option<Notifier>>,
     in_flight: Cell<u32>,
+    /// The driver was shown completions, and not yet asked whether it wants to be woken for them.
+    unannounced: Cell<bool>,
     enabled: Cell<bool>,
     broken: Cell<bool>,
     /// Guest memory of a request or of the ring was lost: nothing is executed or published any more.
@@ -128,6 +134,7 @@ impl Queue {
             call: RefCell::new(None),
             err: RefCell::new(start.err.map(Notifier::new)),
             in_flight: Cell::new(0),
+            unannounced: Cell::new(false),
             enabled: Cell::new(start.enabled),
             broken: Cell::new(false),
             lost: Cell::new(false),
@@ -246,6 +253,9 @@ impl Queue {
                 break;
             }
             fetched += 1;
+            if fetched % SHARE == 0 {
+                self.show();
+            }
             // Requests that ended as they began are shown to the driver now and then.
             if self.io.inline_work() - inline_work >= INLINE_SHARE {
                 break;
@@ -441,28 +451,32 @@ impl Queue {
         self.count_in_flight(self.in_flight.get() - 1);
     }
 
+    /// Shows what was completed to a driver that looks. One that sleeps is woken by the next [`Queue::publish`].
+    #[inline]
+    fn show(&self) {
+        let mut ring = self.ring.borrow_mut();
+        let (old, new) = (ring.published_used(), ring.next_used());
+        // The used ring itself may be what was lost.
+        if old == new || self.lost(&self.memory.borrow().0) {
+            return;
+        }
+        ring.show();
+        drop(ring);
+        self.unannounced.set(true);
+        kill_point!("published");
+        if self.marks.are_on() {
+            self.marked(self.marks.completions(old, new));
+            kill_point!("completions-marked");
+        }
+    }
+
     /// Shows the driver what was completed since the last call, and interrupts it if it asked. Returns
     /// true if there was anything.
     #[inline]
     pub(super) fn publish(&self) -> bool {
-        let mut ring = self.ring.borrow_mut();
-        let anything = ring.next_used() != ring.published_used();
-        // The used ring itself may be what was lost.
-        if anything && self.lost(&self.memory.borrow().0) {
-            return false;
-        }
-        let old = ring.published_used();
-        let wanted = ring.publish();
-        let new = ring.published_used();
-        drop(ring);
-        if anything {
-            kill_point!("published");
-            if self.marks.are_on() {
-                self.marked(self.marks.completions(old, new));
-                kill_point!("completions-marked");
-            }
-        }
-        if wanted {
+        self.show();
+        let anything = self.unannounced.take();
+        if anything && self.ring.borrow_mut().publish() {
             self.interrupt();
         }
         anything

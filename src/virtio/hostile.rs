@@ -175,7 +175,6 @@ fn random_rings_and_headers_end_in_values() {
             ring.publish();
             ring.enable_notification();
             ring.disable_notification();
-            ring.prefetch_descriptor(rng.next() as u16);
             assert!(ring.pending() <= size);
         }
     }

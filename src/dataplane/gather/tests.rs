@@ -3,6 +3,7 @@
 mod ends;
 mod faults;
 mod joins;
+mod shown;
 
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};

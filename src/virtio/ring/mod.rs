@@ -220,8 +220,15 @@ impl Ring {
         each!(self, ring => ring.published_used())
     }
 
-    /// Shows the driver what was pushed, and says whether it wants an interrupt for that. `false` when nothing
-    /// was pushed.
+    /// Shows a driver that looks what was pushed. Whether it wants an interrupt for that, the next [`Ring::publish`]
+    /// says.
+    #[inline]
+    pub fn show(&mut self) {
+        each!(self, ring => ring.show())
+    }
+
+    /// Shows the driver what was pushed, and says whether it wants an interrupt for that and what was only
+    /// [shown](Ring::show). `false` when there is nothing of the kind.
     #[inline]
     pub fn publish(&mut self) -> bool {
         each!(self, ring => ring.publish())

@@ -145,6 +145,8 @@ pub struct PackedRing {
     done: Vec<(u16, u32)>,
     /// Descriptors of all those.
     unpublished: u16,
+    /// Descriptors that were shown since the driver was last asked whether it wants an interrupt.
+    untold: u16,
     /// What a predecessor had in flight and was not popped yet, the next one last.
     again: Vec<u16>,
     inflight: Option<PackedInflight>,
@@ -181,6 +183,7 @@ impl PackedRing {
             free_head: 0,
             done: Vec::with_capacity(size.into()),
             unpublished: 0,
+            untold: 0,
             again: Vec::new(),
             inflight: None,
             cfg: *cfg,
@@ -361,14 +364,14 @@ impl PackedRing {
         self.next_used.bits()
     }
 
-    /// Writes the used descriptors of what was pushed, and says whether the driver wants an interrupt for them.
-    /// `false` when nothing was pushed.
+    /// Writes the used descriptors of what was pushed, for a driver that looks. Whether it wants an interrupt for
+    /// them, the next [`PackedRing::publish`] says.
     ///
     /// The driver looks at one place only, that of the first one. It is written last, and shows them all.
     #[inline]
-    pub fn publish(&mut self) -> bool {
+    pub fn show(&mut self) {
         if self.done.is_empty() {
-            return false;
+            return;
         }
         let size = self.cfg.size;
         let old = self.next_used;
@@ -410,7 +413,21 @@ impl PackedRing {
             inflight.settle(&self.done, self.free_head, at);
         }
         self.done.clear();
-        let total = std::mem::take(&mut self.unpublished);
+        // From a whole lap on, each place was passed.
+        let shown = std::mem::take(&mut self.unpublished);
+        self.untold = self.untold.saturating_add(shown);
+    }
+
+    /// Shows the driver what was pushed, and says whether it wants an interrupt for that and what was only
+    /// [shown](PackedRing::show). `false` when there is nothing of the kind.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        self.show();
+        let total = std::mem::take(&mut self.untold);
+        if total == 0 {
+            return false;
+        }
+        let (at, size) = (self.next_used, self.cfg.size);
         // What is used must be visible before the driver's wish is read; the driver writes its wish, then a full
         // barrier, then looks. Otherwise both sides can miss each other.
         fence(Ordering::SeqCst);

@@ -78,6 +78,8 @@ pub struct SplitRing {
     next_used: u16,
     /// `used.idx` as the driver sees it.
     published: u16,
+    /// `used.idx` when the driver was last asked whether it wants an interrupt.
+    told: u16,
     cfg: RingConfig,
     inflight: Option<SplitInflight>,
 }
@@ -102,11 +104,13 @@ impl SplitRing {
             avail_idx: cfg.base as u16,
             next_used: 0,
             published: 0,
+            told: 0,
             cfg: *cfg,
             inflight: None,
         };
         ring.next_used = u16::from_le(ring.used_field(1).load(Ordering::Acquire));
         ring.published = ring.next_used;
+        ring.told = ring.next_used;
         Ok(ring)
     }
 
@@ -295,14 +299,13 @@ impl SplitRing {
         }
     }
 
-    /// Makes the pushed elements visible, and says whether the driver wants an interrupt for them.
-    /// `false` when nothing was pushed.
+    /// Makes the pushed elements visible to a driver that looks. Whether it wants an interrupt for them, the next
+    /// [`SplitRing::publish`] says.
     #[inline]
-    pub fn publish(&mut self) -> bool {
-        let old = self.published;
+    pub fn show(&mut self) {
         let new = self.next_used;
-        if old == new {
-            return false;
+        if self.published == new {
+            return;
         }
         // Release pairs with the driver's read barrier after used.idx: elements, data and status
         // are there once the index is seen.
@@ -312,6 +315,18 @@ impl SplitRing {
             kill_point!("ring-split-shown");
             inflight.settle(new);
         }
+    }
+
+    /// Makes the pushed elements visible, and says whether the driver wants an interrupt for them and those that were
+    /// only [shown](SplitRing::show). `false` when there are none.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        self.show();
+        let (old, new) = (self.told, self.published);
+        if old == new {
+            return false;
+        }
+        self.told = new;
         // The index must be visible before the driver's wish is read; the driver writes its wish,
         // then a full barrier, then reads the index (sections 2.7.7.2 and 2.7.14). Otherwise both
         // sides can miss each other.
@@ -392,18 +407,6 @@ impl SplitRing {
     /// for, for the dirty log. `used.idx` is the two bytes at offset 2.
     pub fn used_element_range(&self, index: u16) -> (u64, u64) {
         (4 + 8 * u64::from(index & self.mask), 8)
-    }
-
-    /// Asks the processor to fetch the descriptor of `head`, read a little later.
-    #[inline]
-    pub fn prefetch_descriptor(&self, head: u16) {
-        let index = usize::from(head & self.mask);
-        let _at = self.parts.desc.wrapping_add(index * DESC_SIZE as usize);
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: a prefetch is a hint and never faults; the address is inside the table anyway.
-        unsafe {
-            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(_at.cast());
-        }
     }
 }
 

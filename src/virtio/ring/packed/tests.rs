@@ -273,6 +273,12 @@ fn without_event_idx_the_flag_suppresses_interrupts() {
         ring.push_used(slot, 1);
         assert_eq!(ring.publish(), wanted, "{flags}");
         assert!(driver.used().is_some());
+        driver.offer(0, &[(DATA, 1, WRITE)]);
+        let slot = ring.pop().unwrap().unwrap();
+        ring.push_used(slot, 1);
+        ring.show();
+        assert!(driver.used().is_some(), "shown");
+        assert_eq!(ring.publish(), wanted, "{flags}, shown before");
     }
     assert!(!ring.publish(), "nothing was pushed");
 }
@@ -293,6 +299,10 @@ fn with_event_idx_an_interrupt_comes_when_the_event_is_passed() {
                             driver.offer(id, &[(DATA, 1, WRITE)]);
                             let slot = ring.pop().unwrap().unwrap();
                             ring.push_used(slot, 1);
+                            // What was shown before counts as well.
+                            if (id + start) % 2 == 0 {
+                                ring.show();
+                            }
                         }
                         // An event `back` places before the end of the next lap.
                         let place = |step: u16| {

@@ -107,7 +107,10 @@ impl<R: Requests> Bench<'_, R> {
                     ring.push_used(slot, 1);
                 }
                 if self.rng.once_in(4) {
-                    ring.publish();
+                    match self.rng.once_in(2) {
+                        true => ring.show(),
+                        false => drop(ring.publish()),
+                    }
                     self.reap();
                 }
             }

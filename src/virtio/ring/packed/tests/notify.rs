@@ -83,6 +83,10 @@ fn serve(ring: &mut PackedRing, kick: &Bell, interrupt: &Bell) {
         while let Some(slot) = ring.pop().unwrap() {
             ring.push_used(slot, 1);
             served += 1;
+            // Some the driver may find before it is asked whether it waits for them.
+            if rng.once_in(2) {
+                ring.show();
+            }
             if served % 3 == 0 && ring.publish() {
                 interrupt.ring();
             }

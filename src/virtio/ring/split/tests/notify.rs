@@ -82,6 +82,10 @@ fn serve(ring: &mut SplitRing, kick: &Bell, interrupt: &Bell) {
         while let Some(head) = ring.pop().unwrap() {
             ring.push_used(head, 1);
             served += 1;
+            // Some the driver may find before it is asked whether it waits for them.
+            if rng.once_in(2) {
+                ring.show();
+            }
             if served % 3 == 0 && ring.publish() {
                 interrupt.ring();
             }

@@ -220,13 +220,17 @@ fn random_completions_are_published_as_virtio_queue_publishes_them() {
         let mut ring = ring(&driver);
         let mut queue = queue(&twin.cfg, start);
         for step in 0..200 {
+            let before = ring.next_used();
             for _ in 0..rng.below(u64::from(size) + 1) {
                 let head = rng.below(u64::from(size)) as u16;
                 let written = rng.next() as u32;
                 ring.push_used(head, written);
                 queue.add_used(&their_mem, head, written).unwrap();
+                if rng.once_in(3) {
+                    ring.show();
+                }
             }
-            let pushed = ring.next_used() != ring.published_used();
+            let pushed = ring.next_used() != before;
             let event = ring.next_used().wrapping_sub(rng.below(6) as u16);
             driver.set_used_event(event);
             twin.set_used_event(event);
