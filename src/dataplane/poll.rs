@@ -6,8 +6,9 @@
 //! is halved, down to nothing. So a disk under load is polled, and an idle one costs no CPU.
 //!
 //! A sleep hides how long the gap would have been: its end is the wake's, which may take longer in a VM than the
-//! limit is. So a few long gaps in a row are needed until nothing is spun any more, and every eighth of those that
-//! may have been short is spun for up to the limit, to see.
+//! limit is. So a few long gaps are needed until nothing is spun any more: four in a row, or too many for the short
+//! ones among them, sooner if the window is long. Then two short ones in a row are needed to begin again, and every eighth
+//! of those that may have been short is spun for up to the limit, to see, and ever fewer as long as they were not.
 //!
 //! What is waited for is learned apart. A driver that finds us asleep pays for the wake with a
 //! notification, which is dear in a guest, so it is spun for up to the user's limit while nothing else is
@@ -17,7 +18,9 @@
 //!
 //! A load that comes in bursts is another matter: there is CPU to spare in its pauses, and what each burst is
 //! about is to be over soon. So a pause of the driver's gives a quarter of its length to spin for storage after
-//! it, up to 3 ms, as long as storage is quicker than that. A steady load has no pauses and gets nothing.
+//! it, up to 3 ms, as long as storage is quicker than that, and if there was a burst before it, of many requests in a
+//! time shorter than the pause: a slow guest, too, needs a millisecond now and then for its next request. A steady
+//! load has no pauses and gets nothing.
 
 use std::time::{Duration, Instant};
 
@@ -68,12 +71,22 @@ const STORAGE_MAX: Duration = Duration::from_micros(5);
 
 /// So many gaps in a row have to be longer than the limit until nothing is spun for any more.
 const PATIENCE: u32 = 4;
-/// Of gaps that may have been short, and were slept through, each so-manieth is spun for.
+/// What a gap that spinning covered is worth, in gaps that were spun for in vain with a window of up to [`UNIT`].
+const HIT: u32 = 2;
+/// With a longer window it is so many times as dear.
+const UNIT: Duration = Duration::from_micros(16);
+/// The most that is saved up.
+const MOST_WORTH: u32 = 16;
+/// Of gaps that may have been short, and were slept through, each so-manieth is spun for, ...
 const TRIAL: u32 = 8;
+/// ... and half as many after each time that this was in vain, down to this.
+const RAREST_TRIAL: u32 = 512;
 /// The longest that a wake takes of which a short gap is thought.
 const WAKE_MAX: Duration = Duration::from_micros(150);
 /// A driver that was silent for this long, while we slept, made a pause.
 const PAUSE: Duration = Duration::from_millis(1);
+/// So many waits for storage between two pauses make a burst.
+const BURST: u32 = 16;
 /// The part of a pause that may be spun after it.
 const BURST_SHARE: u32 = 4;
 /// The most that a pause gives.
@@ -100,6 +113,10 @@ struct Burst {
     left: Duration,
     /// Mean time that storage was waited for of late.
     storage: Duration,
+    /// How often it was, since the last pause, ...
+    waits: u32,
+    /// ... which ended then.
+    began: Option<Instant>,
 }
 
 /// The window of one kind of waiting.
@@ -111,6 +128,12 @@ struct Window {
     mean_gap: Duration,
     /// Gaps in a row that were longer than the limit.
     misses: u32,
+    /// Whether anything is spun.
+    open: bool,
+    /// Whether it pays: what short gaps were worth, less those that were spun for in vain.
+    worth: u32,
+    /// After so many misses one is spun for, to see.
+    trial: u32,
 }
 
 impl Poller {
@@ -142,7 +165,7 @@ impl Poller {
             let gap = self.idle_until.saturating_duration_since(since);
             self.window(waiting).learn(gap);
             let slept = std::mem::take(&mut self.slept);
-            self.burst.learn(gap, waiting, slept);
+            self.burst.learn(since, gap, waiting, slept);
         }
     }
 
@@ -173,12 +196,22 @@ impl Burst {
         waiting != Waiting::Driver && gap < self.left && self.storage < self.left
     }
 
-    fn learn(&mut self, gap: Duration, waiting: Waiting, slept: bool) {
+    /// Something was waited for, from `since` on.
+    fn learn(&mut self, since: Instant, gap: Duration, waiting: Waiting, slept: bool) {
         if waiting != Waiting::Driver {
             self.storage = (self.storage * 7 + gap) / 8;
             self.left = self.left.saturating_sub(gap);
+            self.waits = self.waits.saturating_add(1);
         } else if slept && gap >= PAUSE {
-            self.left = (gap / BURST_SHARE).min(BURST_MAX);
+            let lasted = self
+                .began
+                .map(|began| since.saturating_duration_since(began));
+            let burst = self.waits >= BURST && lasted.is_some_and(|lasted| lasted < gap);
+            self.left = match burst {
+                true => (gap / BURST_SHARE).min(BURST_MAX),
+                false => Duration::ZERO,
+            };
+            (self.waits, self.began) = (0, Some(since + gap));
         }
     }
 }
@@ -190,22 +223,34 @@ impl Window {
             length: Duration::ZERO,
             mean_gap: Duration::ZERO,
             misses: 0,
+            open: false,
+            worth: 0,
+            trial: TRIAL,
         }
     }
 
     fn learn(&mut self, gap: Duration) {
         if gap > self.max {
             self.misses = self.misses.wrapping_add(1);
-            self.length = if self.misses < PATIENCE {
+            let cost = 1 + self.length.as_micros() / UNIT.as_micros();
+            self.worth = self.worth.saturating_sub(cost as u32);
+            self.open &= self.worth > 0 && self.misses < PATIENCE;
+            self.length = if self.open {
                 (self.length / 2).max(self.length.min(MIN_WINDOW))
-            } else if self.misses % TRIAL == 0 && gap < self.max + WAKE_MAX {
+            } else if self.misses % self.trial == 0 && gap < self.max + WAKE_MAX {
+                self.trial = (self.trial * 2).min(RAREST_TRIAL);
                 self.max
             } else {
                 Duration::ZERO
             };
             return;
         }
+        // A trial, or the second in a row.
+        let begins = !self.length.is_zero() || self.misses == 0;
         self.misses = 0;
+        self.trial = TRIAL;
+        self.worth = (self.worth + HIT).min(MOST_WORTH);
+        self.open |= begins;
         self.mean_gap = if self.mean_gap.is_zero() {
             gap
         } else {
@@ -213,7 +258,9 @@ impl Window {
         };
         let want = (self.mean_gap * 2).max(MIN_WINDOW).min(self.max);
         // Up at once, since a missed spin costs a sleep and a wake; down slowly.
-        self.length = if want > self.length || gap > self.length {
+        self.length = if !self.open {
+            Duration::ZERO
+        } else if want > self.length || gap > self.length {
             want.max(gap).min(self.max)
         } else {
             (self.length * 7 + want) / 8
@@ -325,13 +372,37 @@ mod tests {
         let mut poller = poller(PollMode::Adaptive);
         let mut clock = Instant::now();
         let request = Duration::from_micros(100);
-        for _ in 0..3 {
+        for round in 0..5 {
             gap(&mut poller, &mut clock, Duration::from_millis(8));
-            let spun = (0..40)
-                .map(|_| storage(&mut poller, &mut clock, request))
-                .take_while(|idle| *idle == Idle::Spin)
-                .count();
-            assert_eq!(spun, 20, "2 ms");
+            let waits = (0..40).map(|_| storage(&mut poller, &mut clock, request));
+            let waits: Vec<_> = waits.collect();
+            let spun = waits.iter().take_while(|idle| **idle == Idle::Spin);
+            // The first pause follows no burst.
+            assert_eq!(spun.count(), if round == 0 { 0 } else { 20 }, "2 ms");
+        }
+    }
+
+    #[test]
+    fn pauses_of_a_slow_guest_give_nothing_to_spin_for_storage() {
+        let (request, think) = (Duration::from_micros(80), Duration::from_micros(600));
+        // A long one now and then; each one is long.
+        for every in [30, 1] {
+            let mut poller = poller(PollMode::Adaptive);
+            let mut clock = Instant::now();
+            for n in 0..300 {
+                let pause = if n % every == 0 { PAUSE * 3 / 2 } else { think };
+                gap(&mut poller, &mut clock, pause);
+                let waited = storage(&mut poller, &mut clock, request);
+                assert_eq!(waited, Idle::Sleep, "{every} {n}");
+            }
+        }
+    }
+
+    /// A burst after a pause.
+    fn burst(poller: &mut Poller, clock: &mut Instant) {
+        gap(poller, clock, PAUSE);
+        for _ in 0..BURST {
+            storage(poller, clock, Duration::from_micros(10));
         }
     }
 
@@ -339,6 +410,7 @@ mod tests {
     fn a_long_pause_gives_no_more_than_the_limit() {
         let mut poller = poller(PollMode::Adaptive);
         let mut clock = Instant::now();
+        burst(&mut poller, &mut clock);
         gap(&mut poller, &mut clock, Duration::from_secs(60));
         let left = poller.burst.left;
         assert_eq!(left, BURST_MAX);
@@ -359,7 +431,10 @@ mod tests {
             gap(&mut poller, &mut clock, pause);
             storage(&mut poller, &mut clock, seek);
         }
+        // As if all that had been in no time.
+        (poller.burst.waits, poller.burst.began) = (BURST, Some(clock));
         gap(&mut poller, &mut clock, pause);
+        assert_eq!(poller.burst.left, pause / BURST_SHARE);
         poller.idle(clock, Waiting::Storage);
         let soon = clock + Duration::from_micros(10);
         assert_eq!(poller.idle(soon, Waiting::Storage), Idle::Sleep);
@@ -403,6 +478,49 @@ mod tests {
             assert_eq!(rounds(1, MAX), 1);
             assert_eq!(rounds(10, quick), 0);
         }
+    }
+
+    /// How many of `gaps` are spun for at least a while, of a driver that answers late three times of four.
+    fn spun(poller: &mut Poller, clock: &mut Instant, gaps: u32, late: Duration) -> usize {
+        let idles = (0..gaps).map(|n| {
+            let quick = n % 4 == 0;
+            gap(poller, clock, if quick { MAX / 4 } else { late });
+            !poller.driver.length.is_zero()
+        });
+        idles.filter(|spins| *spins).count()
+    }
+
+    #[test]
+    fn a_driver_that_is_quick_now_and_then_is_not_spun_for() {
+        let mut poller = poller(PollMode::Adaptive);
+        let mut clock = Instant::now();
+        spun(&mut poller, &mut clock, 40, Duration::from_millis(1));
+        assert_eq!(
+            spun(&mut poller, &mut clock, 400, Duration::from_millis(1)),
+            0
+        );
+        // One that has become quick is.
+        for n in 0..10 {
+            let idle = gap(&mut poller, &mut clock, MAX / 4);
+            assert_eq!(idle == Idle::Spin, n > 1, "{n}");
+        }
+    }
+
+    #[test]
+    fn trials_in_vain_become_rare() {
+        let mut poller = poller(PollMode::Adaptive);
+        let mut clock = Instant::now();
+        let trials = (0..4096).filter(|_| {
+            gap(&mut poller, &mut clock, MAX + WAKE_MAX / 2);
+            poller.driver.length == MAX
+        });
+        // After 8, 16, ... 512, and then each 512.
+        assert!((8..20).contains(&trials.count()));
+        assert_eq!(poller.driver.trial, RAREST_TRIAL);
+        // A quick driver is still found.
+        let found = (0..RAREST_TRIAL + 2)
+            .any(|_| !answer(&mut poller, &mut clock, Duration::from_micros(2), MAX));
+        assert!(found);
     }
 
     #[test]
