@@ -476,7 +476,8 @@ impl Queue {
     pub(super) fn publish(&self) -> bool {
         self.show();
         let anything = self.unannounced.take();
-        if anything && self.ring.borrow_mut().publish() {
+        // What was pushed before its memory was lost is not to be shown after it.
+        if anything && !self.lost.get() && self.ring.borrow_mut().publish() {
             self.interrupt();
         }
         anything
