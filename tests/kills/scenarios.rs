@@ -91,10 +91,7 @@ fn what_was_in_flight_is_taken_up_in_the_order_it_was_submitted() {
         next(&mut rig, None);
         device.resume().unwrap();
         let order = take(&mut device, 7);
-        assert!(
-            order.iter().copied().eq(0..7),
-            "packed {packed}: {order:?}"
-        );
+        assert!(order.iter().copied().eq(0..7), "packed {packed}: {order:?}");
     }
 }
 
