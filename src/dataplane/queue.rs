@@ -249,12 +249,13 @@ impl Queue {
                     break;
                 }
             }
-            if self.broken.get() {
-                break;
-            }
             fetched += 1;
             if fetched % SHARE == 0 {
                 self.show();
+            }
+            // By the request, or by a mark that could not be set.
+            if self.broken.get() {
+                break;
             }
             // Requests that ended as they began are shown to the driver now and then.
             if self.io.inline_work() - inline_work >= INLINE_SHARE {

@@ -83,15 +83,17 @@ fn what_was_in_flight_is_taken_up_in_the_order_it_was_submitted() {
         };
         get_ids(&mut device, 19);
         take(&mut device, 19);
-        // The ids are written at once, and of fewer than eight none is shown before all are: no one is, when the end
-        // comes.
-        get_ids(&mut device, 7);
+        // The ids are written at once, and are shown eight by eight: no one is, when the end comes with the seventh.
+        get_ids(&mut device, 16);
         rig.daemon.wait_exit(SOON);
         assert!(device.queue(0).poll().unwrap().is_none());
         next(&mut rig, None);
         device.resume().unwrap();
-        let order = take(&mut device, 7);
-        assert!(order.iter().copied().eq(0..7), "packed {packed}: {order:?}");
+        let order = take(&mut device, 16);
+        assert!(
+            order.iter().copied().eq(0..16),
+            "packed {packed}: {order:?}"
+        );
     }
 }
 
