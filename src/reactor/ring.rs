@@ -31,8 +31,9 @@ const CANCEL: u64 = u64::MAX - 1;
 /// IORING_ENTER_GETEVENTS.
 const GETEVENTS: u32 = 1;
 /// So many operations at least are submitted together. The kernel shows a disk a whole batch at once, and takes
-/// some microseconds an operation to get there: a disk that has run dry stands still meanwhile.
-const SMALLEST_GROUP: u32 = 2;
+/// some microseconds an operation to get there: a disk that has run dry stands still meanwhile. Of two or fewer it
+/// tells the disk one by one, and each time is an exit of a virtual machine.
+const SMALLEST_GROUP: u32 = 4;
 /// So many at most. Between the two it is half of what the kernel has in hand: see [`group`].
 const LARGEST_GROUP: u32 = 16;
 /// So many completions are taken in a turn, for the same reason: what follows from them goes out before the next.
