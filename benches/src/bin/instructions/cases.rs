@@ -39,6 +39,9 @@ pub const GUEST_BYTES: u64 = 4 << 20;
 const CLUSTER: u64 = 64 << 10;
 /// How long an operation may take.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long all that are under way take, about: writes to the page cache are a kernel thread's, and how many of them a
+/// turn finds ended would be left to chance.
+const SETTLE: Duration = Duration::from_millis(1);
 
 /// A disk and what is asked of it.
 #[derive(Clone, Copy, Debug)]
@@ -432,8 +435,11 @@ impl Load<'_> {
                     self.queue.release(completion);
                     done += 1;
                 }
-                if !busy && done < batch.len() {
-                    self.worker.wait(PATIENCE);
+                if done < batch.len() {
+                    if !busy {
+                        self.worker.wait(PATIENCE);
+                    }
+                    std::thread::sleep(SETTLE);
                 }
             }
         }
