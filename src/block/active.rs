@@ -144,6 +144,11 @@ impl ActiveDisk {
         !matches!(self.layers[0].data(), Storage::Null(_))
     }
 
+    /// Whether reads and writes of data end without a thread of the kernel: see [`Storage::ends_by_interrupt`].
+    pub(crate) fn ends_by_interrupt(&self) -> bool {
+        self.layers[0].data().ends_by_interrupt()
+    }
+
     /// To be called on each worker that will serve requests of this disk, before the first one: its ring holds
     /// on to the disk's own files from then on.
     ///

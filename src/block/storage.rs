@@ -102,6 +102,12 @@ impl Storage {
         each!(self, s => s.read_only(), s => s.read_only(), s => s.read_only(), s => s.read_only(), s => s.read_only())
     }
 
+    /// Whether the kernel ends reads and writes in an interrupt, and not in a thread of its own, which may need the
+    /// CPU of whoever waits.
+    pub fn ends_by_interrupt(&self) -> bool {
+        each!(self, s => s.direct(), _s => true, s => s.below().ends_by_interrupt(), _s => true, _s => true)
+    }
+
     /// Fills `to` from `offset` on. Past the end of the storage are zeros.
     #[inline]
     pub async fn read(&self, io: &Io, offset: u64, to: Sg<'_>) -> Result<()> {

@@ -84,6 +84,14 @@ fn an_aligned_read_is_one_operation() {
 }
 
 #[test]
+fn what_goes_through_the_page_cache_may_need_a_thread_of_the_kernel() {
+    for direct in [false, true] {
+        let (_dir, _, storage) = file_with(&pattern(4096, 1), direct);
+        assert_eq!(storage.ends_by_interrupt(), direct);
+    }
+}
+
+#[test]
 fn reads_past_the_end_of_a_file_of_odd_size_are_zeros() {
     let data = pattern(10_001, 2);
     for direct in [false, true] {

@@ -51,6 +51,8 @@ pub(super) struct Queue {
     /// Guest memory as new requests see it; a request keeps what it began with.
     memory: RefCell<Rc<Snapshot>>,
     disk: Arc<ActiveDisk>,
+    /// Whether threads of the kernel do the work of the disk's storage; they may need our CPU.
+    by_threads: bool,
     device: Arc<DeviceShared>,
     features: u64,
     slots: RefCell<Vec<Option<Rc<Slot>>>>,
@@ -126,6 +128,7 @@ impl Queue {
             ring: RefCell::new(ring),
             memory: RefCell::new(Rc::new(Snapshot(start.memory))),
             gather: Gather::new(start.disk.merging_pays()),
+            by_threads: !start.disk.ends_by_interrupt(),
             disk: start.disk,
             device: start.device,
             features: start.features,

@@ -196,13 +196,9 @@ impl Worker {
     }
 
     fn waiting(&self) -> Waiting {
-        if !self.queues.iter().any(|queue| queue.has_requests()) {
-            Waiting::Driver
-        } else if self.answer_due {
-            Waiting::Answer
-        } else {
-            Waiting::Storage
-        }
+        let requests = self.queues.iter().map(|queue| queue.requests()).sum();
+        let threads = self.queues.iter().any(|queue| queue.waits_for_threads());
+        self.poller.waiting(requests, threads, self.answer_due)
     }
 
     /// Sleeps until a driver notifies, an operation ends or a command comes.

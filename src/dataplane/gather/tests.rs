@@ -197,7 +197,7 @@ impl Rig {
             let more = busy || done.len() > before;
             idle = if more { 0 } else { idle + 1 };
         }
-        assert!(!served.queue.has_requests());
+        assert_eq!(served.queue.requests(), 0);
         done
     }
 

@@ -36,10 +36,16 @@ impl Queue {
         busy.all(|slot| slot.task.get().is_none_or(|task| self.io.is_quiet(task)))
     }
 
-    /// True while requests are under way.
+    /// How many requests are under way.
     #[inline]
-    pub(in crate::dataplane) fn has_requests(&self) -> bool {
-        self.in_flight.get() > 0
+    pub(in crate::dataplane) fn requests(&self) -> u32 {
+        self.in_flight.get()
+    }
+
+    /// True while threads of the kernel have work of ours.
+    #[inline]
+    pub(in crate::dataplane) fn waits_for_threads(&self) -> bool {
+        self.by_threads && self.requests() > 0
     }
 
     /// True once a stop was asked for and nothing is under way.

@@ -390,7 +390,7 @@ fn runs_of_random_sizes_do_what_a_model_says() {
                 }
             }
             transfers += rig.sim().operations() - before;
-            assert!(!served.queue.has_requests());
+            assert_eq!(served.queue.requests(), 0);
             assert!(rig.sim().image() == model, "seed {seed}");
         }
         // Requests in pieces of 1000 bytes are not joined, unless they are a piece of whole sectors.
