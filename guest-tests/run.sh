@@ -3,6 +3,8 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../qemu-scripts/lib/all.sh
 source "$(dirname "$0")/../qemu-scripts/lib/all.sh"
+# shellcheck source-path=SCRIPTDIR source=lib/emulator.sh
+source "$(dirname "$0")/lib/emulator.sh"
 
 SCENARIOS=$REPO_ROOT/guest-tests/scenarios
 # Seconds after which a scenario is ended and counts as failed.
@@ -14,7 +16,8 @@ usage: guest-tests/run.sh [--list] [--no-host] [--jobs N] [SCENARIO...]
 
 Builds virtioblkd, runs the host-side tests (cargo test --workspace --profile checked), counts the instructions of a
 request (benches/instructions --check), then runs each scenario with a real Linux guest under QEMU. Prints a line
-for each scenario, and "N passed, N failed" at the end.
+for each scenario, and "N passed, N failed" at the end. A scenario in which the emulator itself failed, and not the
+disk (guest-tests/lib/emulator.sh), is run once more, and said to be.
 
   --list      the scenarios, one a line, and nothing else
   --no-host   only the scenarios
@@ -141,9 +144,22 @@ start_scenario() {
     own_pid "$STARTED_PID"
 }
 
+declare -A REPEATED=()
+
+# repeats NAME STATUS: whether the scenario failed for the emulator's sake, the first time; it is then run again.
+repeats() {
+    local why
+    (($2 != 0 && $2 != 77)) && [[ $ACCEL == tcg && -z ${REPEATED[$1]:-} ]] || return 1
+    why=$(emulator_failed "$LOGS/$1") || return 1
+    REPEATED[$1]=$why
+    printf 'again %s (the emulator failed: %s)\n' "$1" "$why"
+    WANTED+=("$1")
+}
+
 # report NAME STATUS SECONDS
 report() {
     local file
+    ! repeats "$1" "$2" || return 0
     case $2 in
     0)
         PASSED=$((PASSED + 1))
@@ -246,6 +262,7 @@ if [[ $HOST_TESTS == yes ]]; then
 fi
 step "${#WANTED[@]} scenario(s) with $BACKEND under $(accel_words)"
 run_scenarios
+((${#REPEATED[@]} == 0)) || warn "${#REPEATED[@]} scenario(s) run twice, since the emulator failed: ${!REPEATED[*]}"
 ((SKIPPED == 0)) || warn "$SKIPPED scenario(s) skipped, for the reasons above"
 printf '%d passed, %d failed\n' "$PASSED" "$FAILED"
 ((FAILED == 0))
