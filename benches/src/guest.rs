@@ -1,4 +1,4 @@
-//! The second mode: fio in a guest, on a qcow2 overlay that each backend serves in turn.
+//! A special measure: fio in a guest, on a qcow2 overlay that each backend serves in turn.
 
 use std::path::Path;
 use std::process::Stdio;

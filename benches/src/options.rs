@@ -40,7 +40,7 @@ pub struct Options {
     /// Only loads whose name matches, such as randread or qd32
     #[arg(long, value_name = "REGEX", default_value = "")]
     pub loads: Regex,
-    /// Special measures: idle, wake, bursts, start, memory, instructions; none for none [default: all, with --layers none]
+    /// Special measures: idle, wake, bursts, start, memory, instructions, guest; none for none [default: all, with --layers none]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub specials: Vec<String>,
     /// Size of the images [default: 1G]
@@ -86,8 +86,8 @@ pub struct Options {
     /// Instructions a request, as JSON lines, for the goal that compares them
     #[arg(long, value_name = "FILE.jsonl")]
     pub instructions: Option<PathBuf>,
-    /// The second mode: fio in a guest on a qcow2 overlay that each backend serves
-    #[arg(long)]
+    /// Only the special measure guest: fio in a guest on a qcow2 overlay that each backend serves
+    #[arg(long, conflicts_with_all = ["layers", "specials"])]
     pub guest: bool,
     /// File of JSON lines; the tables and plots go beside it [default: target/bench/DATE.jsonl]
     #[arg(long, value_name = "FILE.jsonl")]
@@ -194,7 +194,9 @@ impl Options {
 
     /// Whether a special measure is wanted.
     pub fn wants_special(&self, measure: &str) -> bool {
-        if self.specials.is_empty() {
+        if self.guest {
+            measure == "guest"
+        } else if self.specials.is_empty() {
             // Who asks for one layer asks for that alone.
             self.layers.is_empty()
         } else {
@@ -350,6 +352,9 @@ mod tests {
         assert!(!parse(&["--layers", "null"]).wants_special("idle"));
         assert!(parse(&["--layers", "null", "--specials", "idle"]).wants_special("idle"));
         assert!(!parse(&["--specials", "none"]).wants_special("idle"));
+        assert!(parse(&["--goals"]).wants_special("guest"));
+        assert!(parse(&["--guest"]).wants_special("guest"));
+        assert!(!parse(&["--guest"]).wants_special("idle"));
     }
 
     #[test]

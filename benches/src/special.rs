@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 
 use crate::goals::{BURST, with};
+use crate::guest;
 use crate::layer::{Disk, Kind, Place, create_qcow2, qemu_img};
 use crate::options::Options;
 use crate::process::{Running, go_on};
@@ -26,6 +27,7 @@ const MEASURES: &[(&str, Measure)] = &[
     ("start", start),
     ("memory", memory),
     ("instructions", instructions::measure),
+    ("guest", guest::run),
 ];
 
 /// Whether all that are asked for are there.

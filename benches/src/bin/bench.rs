@@ -10,7 +10,7 @@ use virtioblkd_bench::options::Options;
 use virtioblkd_bench::process;
 use virtioblkd_bench::record::Records;
 use virtioblkd_bench::runner::Bench;
-use virtioblkd_bench::{guest, load, machine, plot, report, special, subject};
+use virtioblkd_bench::{load, machine, plot, report, special, subject};
 
 fn main() -> ExitCode {
     process::catch_signals();
@@ -51,7 +51,11 @@ fn run(options: Options) -> Result<bool, String> {
         Some(path) => Some((Records::read(path)?, path.display().to_string())),
         None => None,
     };
-    let layers = load::layers(&options)?;
+    let layers = if options.guest {
+        Vec::new()
+    } else {
+        load::layers(&options)?
+    };
     let cpus = options.backend_cpus(machine::cpus()).len();
     let nothing = |layer: &Layer| load::of(*layer, &options, cpus).is_empty();
     if !options.layers.is_empty() && !layers.is_empty() && layers.iter().all(nothing) {
@@ -70,16 +74,9 @@ fn run(options: Options) -> Result<bool, String> {
         let why = format!("not measurable here: {} CPUs", machine::cpus());
         bench.missing("null randread-4k-qd32-q2w2", &why);
     }
-    let done = if bench.options.guest {
-        guest::run(&mut bench)
-    } else {
-        for name in ["guest-randread-qd32", "guest-randwrite-qd32"] {
-            bench.missing(name, "another mode: --guest");
-        }
-        bench
-            .layers(&layers)
-            .and_then(|()| special::run(&mut bench))
-    };
+    let done = bench
+        .layers(&layers)
+        .and_then(|()| special::run(&mut bench));
     let failures = std::mem::take(&mut bench.failures);
     let mut ours: Vec<String> = bench
         .ours()
