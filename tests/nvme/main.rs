@@ -12,5 +12,6 @@ mod faults;
 mod kills;
 mod load;
 mod migration;
+mod polling;
 mod requests;
 mod rig;
