@@ -62,8 +62,9 @@ pub enum Figure {
     Ratio(Metric, &'static [Cell], Who),
     /// Ours less somebody's.
     Difference(Metric, &'static [Cell], Who),
-    /// Ours in the first cell of a pair divided by ours in the second.
-    Own(Metric, &'static [(Cell, Cell)]),
+    /// Requests a second of ours in the first cell of a pair divided by those in the second: in turns if they were
+    /// measured so.
+    Own(&'static [(Cell, Cell)]),
     /// A figure of a special measure of ours.
     Special(&'static str, &'static str),
     /// One figure of a special measure divided by another of the same.
@@ -131,10 +132,27 @@ pub fn needs(layer: &str, load: &str) -> bool {
         Figure::Value(_, cells, _)
         | Figure::Ratio(_, cells, _)
         | Figure::Difference(_, cells, _) => cells.iter().any(is),
-        Figure::Own(_, pairs) => pairs.iter().any(|(a, b)| is(a) || is(b)),
+        Figure::Own(pairs) => pairs.iter().any(|(a, b)| is(a) || is(b)),
         Figure::Special(..) | Figure::SpecialRatio(..) | Figure::SpecialToPeer(..) => false,
     })
 }
+
+/// All pairs of cells of ours that a goal holds against each other.
+pub fn pairs() -> impl Iterator<Item = (Cell, Cell)> {
+    let of = |goal: &'static Goal| match goal.figure {
+        Figure::Own(pairs) => pairs,
+        _ => &[],
+    };
+    GOALS.iter().flat_map(of).copied()
+}
+
+/// What a pair that was measured in turns is called as a special measure; its figure is [`RATIO`].
+pub fn in_turns((a, b): (Cell, Cell)) -> String {
+    format!("{} {} / {} {}", a.0, a.1, b.0, b.1)
+}
+
+/// The first of a pair divided by the second, of one turn.
+pub const RATIO: &str = "ratio";
 
 /// Whether it was reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -248,11 +266,12 @@ fn figures(
                 .map(|cell| (name(*cell, cells.len()), figure(*cell)));
             cells.collect()
         }
-        Figure::Own(metric, pairs) => pairs
+        Figure::Own(pairs) => pairs
             .iter()
             .map(|(a, b)| {
-                let ratio = || Ok(of(ours, metric, *a)? / of(ours, metric, *b)?);
-                (name(*a, pairs.len()), ratio())
+                let turns = records.special(&in_turns((*a, *b)), ours, RATIO);
+                let apart = || Ok(of(ours, Metric::Iops, *a)? / of(ours, Metric::Iops, *b)?);
+                (name(*a, pairs.len()), turns.map_or_else(apart, Ok))
             })
             .collect(),
         Figure::Special(measure, figure) => {
@@ -383,7 +402,7 @@ mod tests {
                 Figure::Value(_, cells, _)
                 | Figure::Ratio(_, cells, _)
                 | Figure::Difference(_, cells, _) => cells.to_vec(),
-                Figure::Own(_, pairs) => pairs.iter().flat_map(|(a, b)| [*a, *b]).collect(),
+                Figure::Own(pairs) => pairs.iter().flat_map(|(a, b)| [*a, *b]).collect(),
                 _ => Vec::new(),
             };
             for cell in cells {
@@ -467,6 +486,38 @@ mod tests {
         ]);
         let outcome = verdict(lines, "p50, ours / best peer");
         assert!((outcome.figure.unwrap().0 - 0.8).abs() < 1e-9);
+        assert_eq!(outcome.verdict, Verdict::Met);
+    }
+
+    #[test]
+    fn of_two_cells_of_ours_what_was_measured_in_turns_counts() {
+        let chains = [
+            ("chain-16-disk", QD32),
+            ("chain-16-shm", QD32),
+            ("chain-16-shm", QD1),
+        ];
+        let mut lines: Vec<Line> = Vec::new();
+        for (layer, load) in chains {
+            lines.push(run("virtioblkd", layer, load, 50.0));
+            lines.push(run("virtioblkd", &layer.replace("16", "1"), load, 100.0));
+        }
+        let what = "IOPS, chain of 16 / chain of 1";
+        assert_eq!(verdict(lines.clone(), what).figure.unwrap().0, 0.5);
+        for ((a, b), ratio) in pairs()
+            .filter(|(a, _)| chains.contains(a))
+            .zip([0.95, 0.97, 0.99])
+        {
+            for (run, ratio) in [ratio, 0.1, 2.0].into_iter().enumerate() {
+                let special = Special::new(&in_turns((a, b)), "virtioblkd", run as u32);
+                lines.push(Line::Special(special.with(RATIO, ratio)));
+            }
+        }
+        let outcome = verdict(lines, what);
+        let (figure, cell) = outcome.figure.unwrap();
+        assert_eq!(
+            (figure, cell.as_str()),
+            (0.95, "chain-16-disk randread-4k-qd32")
+        );
         assert_eq!(outcome.verdict, Verdict::Met);
     }
 

@@ -119,6 +119,11 @@ fn all(layer: Layer) -> Vec<Spec> {
     loads
 }
 
+/// A load of a layer by its name.
+pub fn find(layer: Layer, name: &str) -> Option<Spec> {
+    all(layer).into_iter().find(|spec| spec.name() == name)
+}
+
 /// Layers that a run has when none is named.
 pub fn layers(options: &Options) -> Result<Vec<Layer>, String> {
     if options.layers.is_empty() {

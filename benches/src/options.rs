@@ -40,7 +40,7 @@ pub struct Options {
     /// Only loads whose name matches, such as randread or qd32
     #[arg(long, value_name = "REGEX", default_value = "")]
     pub loads: Regex,
-    /// Special measures: idle, wake, bursts, start, memory, instructions, guest; none for none [default: all, with --layers none]
+    /// Special measures: idle, wake, bursts, start, memory, instructions, turns, guest; none for none [default: all, with --layers none]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub specials: Vec<String>,
     /// Size of the images [default: 1G]

@@ -15,7 +15,7 @@ use crate::load::{self, Spec};
 use crate::machine;
 use crate::options::Options;
 use crate::process::{self, Pin, Running, go_on};
-use crate::record::{Line, Missing, Records, median};
+use crate::record::{Line, Missing, Record, Records, median};
 use crate::subject::{Serve, Subject, What};
 
 const NQN: &str = "nqn.2026-01.org.example:bench";
@@ -277,7 +277,7 @@ impl Bench {
         line
     }
 
-    /// One run of one load against one subject.
+    /// One run of one load against one subject, kept.
     fn one(
         &mut self,
         subject: &Subject,
@@ -286,6 +286,23 @@ impl Bench {
         spec: Spec,
         run: u32,
     ) -> Result<(), String> {
+        let (record, ended) = self.serve(subject, layer, disk, spec, run)?;
+        self.add(Line::Run(record));
+        ended
+    }
+
+    /// One run of one load against one subject: its record, and whether requests and backend ended well.
+    ///
+    /// # Errors
+    /// Why there is no record.
+    pub fn serve(
+        &self,
+        subject: &Subject,
+        layer: Layer,
+        disk: &Disk,
+        spec: Spec,
+        run: u32,
+    ) -> Result<(Box<Record>, Result<(), String>), String> {
         let direct = layer.place == Place::Nowhere || self.images(layer.place).direct();
         let cpus = &self.cpus[..usize::from(spec.workers).min(self.cpus.len())];
         if let (What::Fio, Disk::Raw(file)) = (&subject.what, disk) {
@@ -294,12 +311,11 @@ impl Bench {
             record.subject.clone_from(&subject.name);
             record.layer = layer.name();
             record.run = run;
-            let errors = record.errors;
-            self.add(Line::Run(Box::new(record)));
-            return match errors {
+            let ended = match record.errors {
                 0 => Ok(()),
                 _ => Err("requests failed".to_owned()),
             };
+            return Ok((Box::new(record), ended));
         }
         let own = self.sockets().join("s");
         let (socket, pid, running) = match &subject.what {
@@ -339,8 +355,10 @@ impl Bench {
         let line = self.client(&args);
         // A backend that does not end well has failed, whatever it served.
         let stopped = running.map_or(Ok(()), Running::stop);
-        self.add(line?);
-        stopped
+        match line? {
+            Line::Run(record) => Ok((record, stopped)),
+            _ => Err("the client's record is of another kind".to_owned()),
+        }
     }
 
     fn target_cpu(&self) -> usize {

@@ -11,6 +11,7 @@ use crate::runner::Bench;
 use crate::subject::{Serve, Subject};
 
 mod instructions;
+mod turns;
 
 /// Bytes of the images for `start` and `memory`.
 const TIB: u64 = 1 << 40;
@@ -27,6 +28,7 @@ const MEASURES: &[(&str, Measure)] = &[
     ("start", start),
     ("memory", memory),
     ("instructions", instructions::measure),
+    ("turns", turns::measure),
     ("guest", guest::run),
 ];
 

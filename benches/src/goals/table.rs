@@ -123,19 +123,19 @@ pub const GOALS: &[Goal] = &[
     goal(
         "qcow2 full, on disk",
         "IOPS, full / raw",
-        Figure::Own(Metric::Iops, FULL_DISK),
+        Figure::Own(FULL_DISK),
         Bound::AtLeast(0.97),
     ),
     goal(
         "qcow2 full, in memory",
         "IOPS, full / raw",
-        Figure::Own(Metric::Iops, FULL_SHM),
+        Figure::Own(FULL_SHM),
         Bound::AtLeast(0.97),
     ),
     goal(
         "qcow2 fresh, first writes",
         "IOPS, fresh / raw",
-        Figure::Own(Metric::Iops, FRESH_TO_RAW),
+        Figure::Own(FRESH_TO_RAW),
         Bound::AtLeast(0.8),
     ),
     goal(
@@ -165,13 +165,13 @@ pub const GOALS: &[Goal] = &[
     goal(
         "chain of 16, random reads",
         "IOPS, chain of 16 / chain of 1",
-        Figure::Own(Metric::Iops, CHAINS),
+        Figure::Own(CHAINS),
         Bound::AtLeast(0.9),
     ),
     goal(
         "a second worker and queue, null",
         "IOPS, two / one",
-        Figure::Own(Metric::Iops, WIDE),
+        Figure::Own(WIDE),
         Bound::AtLeast(1.9),
     ),
     goal(
