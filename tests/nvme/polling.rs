@@ -43,9 +43,9 @@ fn sleeps(depth: u16) -> u64 {
 
 #[test]
 fn a_request_of_a_quick_driver_is_waited_for_awake_and_many_are_not() {
-    // Some of the first are, until the driver is known to be quick.
+    // It sleeps for some of the first, until the driver is known to be quick.
     let one = sleeps(1);
-    assert!(one < BATCHES / 2, "{one}");
+    // Once a batch, unless the whole test was without a processor for as long as the target takes.
     let many = sleeps(32);
-    assert!(many >= BATCHES, "{many}");
+    assert!(one < BATCHES / 2 && many > BATCHES / 2, "{one} {many}");
 }
