@@ -4,6 +4,7 @@ mod ends;
 mod faults;
 mod joins;
 mod shown;
+mod waits;
 
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};

@@ -4,7 +4,6 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::sync_channel;
 
 use super::*;
-use crate::block::{FileOptions, FileStorage};
 use crate::kill_point::simulated::killed_after;
 
 const COUNT: u64 = 10;
@@ -182,35 +181,5 @@ fn a_successor_of_one_that_was_killed_over_a_gather_serves_each_request_once() {
             // Each request is fetched, executed and pushed; all are gathered and parted, and shown.
             assert!(places >= 3 * COUNT + 3, "{places}");
         }
-    }
-}
-
-#[test]
-fn requests_that_go_through_the_page_cache_may_wait_for_a_thread_of_the_kernel() {
-    // Where this program is, and not where files may be in memory: those are read by the worker itself.
-    let program = std::env::current_exe().unwrap();
-    let dir = tempfile::tempdir_in(program.parent().unwrap()).unwrap();
-    let path = dir.path().join("a.img");
-    std::fs::write(&path, vec![0; DISK as usize]).unwrap();
-    for direct in [false, true] {
-        let mut rig = Rig::new(Sim::default());
-        let options = FileOptions {
-            read_only: false,
-            direct,
-        };
-        let file = FileStorage::open(&path, options).unwrap();
-        rig.storage = Arc::new(Storage::File(file));
-        let served = rig.serve();
-        assert!(!served.queue.waits_for_threads());
-        rig.write(0, 4 * KIB);
-        rig.guest.ring.publish();
-        served.queue.poll();
-        assert_eq!(served.queue.requests(), 1);
-        assert_eq!(served.queue.waits_for_threads(), !direct);
-        while served.queue.requests() > 0 {
-            served.turn();
-        }
-        assert!(!served.queue.waits_for_threads());
-        served.queue.end();
     }
 }
