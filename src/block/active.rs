@@ -144,7 +144,8 @@ impl ActiveDisk {
         !matches!(self.layers[0].data(), Storage::Null(_))
     }
 
-    /// Whether reads and writes of data end without a thread of the kernel: see [`Storage::ends_by_interrupt`].
+    /// Whether reads and writes of the top image's data end without a thread of the kernel: see
+    /// [`Storage::ends_by_interrupt`]. Images below are only read.
     pub(crate) fn ends_by_interrupt(&self) -> bool {
         self.layers[0].data().ends_by_interrupt()
     }
