@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::layer::{Kind, is_sound};
+use crate::layer::Kind;
 use crate::proc;
 use crate::process::{Running, go_on};
 use crate::record::{Line, Special};
@@ -85,10 +85,7 @@ fn one(bench: &mut Bench, subject: &Subject, run: u32) -> Result<(), String> {
         bench.add(Line::Special(special));
     }
     stopped?;
-    match disk.qcow2() {
-        Some(image) if !is_sound(image) => Err("it left a broken image".to_owned()),
-        _ => Ok(()),
-    }
+    disk.check()
 }
 
 /// Follows what the guest reports to its end; the backend's CPU time between a job's begin and end.

@@ -132,6 +132,18 @@ impl Disk {
             _ => None,
         }
     }
+
+    /// Whether the image that was written is still sound: a benchmark of a backend that breaks images would be
+    /// worthless.
+    ///
+    /// # Errors
+    /// That it is not.
+    pub fn check(&self) -> Result<(), String> {
+        match self.qcow2() {
+            Some(image) if !is_sound(image) => Err("it left a broken image".to_owned()),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// The images of one place, made as they are needed.
@@ -398,7 +410,7 @@ pub fn qemu_img(args: &[&std::ffi::OsStr]) -> Result<(), String> {
 }
 
 /// Whether `qemu-img check` finds nothing worse than leaked clusters (status 3).
-pub fn is_sound(image: &Path) -> bool {
+fn is_sound(image: &Path) -> bool {
     let check = Command::new("qemu-img")
         .args(["check", "-q", "-f", "qcow2"])
         .arg(image)

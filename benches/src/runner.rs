@@ -10,7 +10,7 @@ use std::time::Instant;
 use vhost_user_frontend::TempDir;
 
 use crate::fio;
-use crate::layer::{Disk, Images, Kind, Layer, Place, is_sound};
+use crate::layer::{Disk, Images, Kind, Layer, Place};
 use crate::load::{self, Spec};
 use crate::machine;
 use crate::options::Options;
@@ -244,17 +244,12 @@ impl Bench {
                         self.failures
                             .push(format!("{}: {name}, {load}: {error}", subject.name));
                     }
-                    if let Some(image) = disk.qcow2().filter(|_| subject.what != What::Fio) {
-                        // A benchmark of a backend that breaks images would be worthless.
-                        if !is_sound(image) {
-                            let text = format!(
-                                "{} left a broken image: {}, {}",
-                                subject.name,
-                                layer.name(),
-                                spec.name()
-                            );
-                            self.failures.push(text);
-                        }
+                    if subject.what != What::Fio
+                        && let Err(error) = disk.check()
+                    {
+                        let (load, name) = (spec.name(), layer.name());
+                        self.failures
+                            .push(format!("{}: {name}, {load}: {error}", subject.name));
                     }
                 }
             }
@@ -286,7 +281,7 @@ impl Bench {
         spec: Spec,
         run: u32,
     ) -> Result<(), String> {
-        let (record, ended) = self.serve(subject, layer, disk, spec, run)?;
+        let (record, ended) = self.run_once(subject, layer, disk, spec, run)?;
         self.add(Line::Run(record));
         ended
     }
@@ -295,7 +290,7 @@ impl Bench {
     ///
     /// # Errors
     /// Why there is no record.
-    pub fn serve(
+    pub fn run_once(
         &self,
         subject: &Subject,
         layer: Layer,

@@ -2,10 +2,10 @@
 //! minutes, and by more than they differ.
 
 use crate::goals::{self, Cell, RATIO};
-use crate::layer::{Disk, Images, Layer, Place, is_sound};
+use crate::layer::{Disk, Images, Layer, Place};
 use crate::load::{self, Spec};
 use crate::process::go_on;
-use crate::record::{Line, Special};
+use crate::record::{Line, Record, Special};
 use crate::runner::Bench;
 use crate::subject::Subject;
 
@@ -21,40 +21,28 @@ struct Side {
 }
 
 impl Side {
-    /// With images of its own, beside those of others; `None` for what cannot be run here or was not asked for.
-    fn new(bench: &Bench, (layer, name): Cell, beside: &str) -> Result<Option<Self>, String> {
-        let (Some(layer), options) = (Layer::parse(layer), &bench.options) else {
-            return Err(format!("no layer {layer}"));
-        };
-        let spec = load::find(layer, name).ok_or_else(|| format!("no load {name}"))?;
-        let fits = usize::from(spec.workers) <= bench.cpus.len();
-        let allowed = !(options.read_only && spec.load.writes());
-        if !(fits && allowed && options.loads.is_match(name)) {
-            return Ok(None);
-        }
+    /// With images of its own, beside those of others.
+    fn new(bench: &Bench, (layer, spec): (Layer, Spec), beside: &str) -> Result<Self, String> {
         let dir = bench.images(layer.place).dir().join(beside);
         std::fs::create_dir_all(&dir).map_err(|error| format!("{}: {error}", dir.display()))?;
-        let images = Images::new(&dir, options.size(), layer.place == Place::Disk);
+        let images = Images::new(&dir, bench.options.size(), layer.place == Place::Disk);
         let disk = images.make(layer.kind)?;
-        Ok(Some(Self {
+        Ok(Self {
             layer,
             spec,
             images,
             disk,
-        }))
+        })
     }
 
-    /// Requests a second of one run.
-    fn iops(&mut self, bench: &Bench, subject: &Subject, run: u32) -> Result<f64, String> {
+    /// One run.
+    fn run(&mut self, bench: &Bench, subject: &Subject, run: u32) -> Result<Box<Record>, String> {
         if self.layer.needs_fresh_image(self.spec.load) {
             self.disk = self.images.make(self.layer.kind)?;
         }
-        let (record, ended) = bench.serve(subject, self.layer, &self.disk, self.spec, run)?;
-        ended?;
-        match self.disk.qcow2() {
-            Some(image) if !is_sound(image) => Err("it left a broken image".to_owned()),
-            _ => Ok(record.iops),
-        }
+        let (record, ended) = bench.run_once(subject, self.layer, &self.disk, self.spec, run)?;
+        ended.and_then(|()| self.disk.check())?;
+        Ok(record)
     }
 }
 
@@ -64,36 +52,51 @@ impl Drop for Side {
     }
 }
 
+/// What a cell is, if it can be run here and was asked for.
+fn wanted(bench: &Bench, (layer, name): Cell) -> Option<(Layer, Spec)> {
+    let (layer, options) = (Layer::parse(layer)?, &bench.options);
+    let spec = load::find(layer, name)?;
+    let fits = usize::from(spec.workers) <= bench.cpus.len();
+    let allowed = !(options.read_only && spec.load.writes());
+    (fits && allowed && options.loads.is_match(name)).then_some((layer, spec))
+}
+
 /// All pairs of the goals, for each build of ours.
 pub(super) fn measure(bench: &mut Bench) -> Result<(), String> {
     for (a, b) in goals::pairs() {
         go_on()?;
         let name = goals::in_turns((a, b));
+        let (Some(a), Some(b)) = (wanted(bench, a), wanted(bench, b)) else {
+            continue;
+        };
         bench.progress(&name);
-        let sides = (Side::new(bench, a, "a")?, Side::new(bench, b, "b")?);
-        if let (Some(mut a), Some(mut b)) = sides {
-            turns(bench, &name, &mut a, &mut b).map_err(|error| format!("{name}: {error}"))?;
+        if let Err(error) = turns(bench, &name, a, b) {
+            go_on()?;
+            bench.failures.push(format!("{name}: {error}"));
         }
     }
     Ok(())
 }
 
-fn turns(bench: &mut Bench, name: &str, a: &mut Side, b: &mut Side) -> Result<(), String> {
+fn turns(bench: &mut Bench, name: &str, a: (Layer, Spec), b: (Layer, Spec)) -> Result<(), String> {
+    let (mut a, mut b) = (Side::new(bench, a, "a")?, Side::new(bench, b, "b")?);
     for run in 1..=TURNS * bench.options.runs() {
         for subject in bench.ours() {
             go_on()?;
             // Who comes first changes.
             let (of_a, of_b) = if run % 2 == 1 {
-                let of_a = a.iops(bench, &subject, run)?;
-                (of_a, b.iops(bench, &subject, run)?)
+                let of_a = a.run(bench, &subject, run)?;
+                (of_a, b.run(bench, &subject, run)?)
             } else {
-                let of_b = b.iops(bench, &subject, run)?;
-                (a.iops(bench, &subject, run)?, of_b)
+                let of_b = b.run(bench, &subject, run)?;
+                (a.run(bench, &subject, run)?, of_b)
             };
+            let waited = |of: &Record| of.client_waited.max(of.backend_waited);
             let special = Special::new(name, &subject.name, run)
-                .with("iops", of_a)
-                .with("iops_beside", of_b)
-                .with(RATIO, of_a / of_b);
+                .with("iops", of_a.iops)
+                .with("iops_beside", of_b.iops)
+                .with(RATIO, of_a.iops / of_b.iops)
+                .with("waited_share", waited(&of_a).max(waited(&of_b)));
             bench.add(Line::Special(special));
         }
     }
